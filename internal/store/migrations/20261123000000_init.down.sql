@@ -1,0 +1,10 @@
+DROP TABLE outbox;
+DROP TABLE machines;
+DROP TABLE steps;
+DROP TABLE attempts;
+DROP TABLE jobs;
+DROP TABLE runs;
+DROP TABLE capacity;
+DROP TABLE orchestrators;
+DROP TABLE leases;
+DROP TABLE meta;

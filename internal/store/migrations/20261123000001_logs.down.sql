@@ -1,0 +1,2 @@
+DROP TABLE log_entries;
+DROP TABLE log_streams;

@@ -1,0 +1,121 @@
+package store_test
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/solstice-ci/solstice-go/internal/store"
+	"github.com/solstice-ci/solstice-go/internal/testenv"
+)
+
+// outboxRig's runs cause the messages named in their reason: "key:body", with
+// a star after the key where they coalesce.
+func outboxRig(t *testing.T, url string) *rig {
+	return newRig(t, url, func(run *store.Run, _ []*store.Job) []store.OutboxMessage {
+		var out []store.OutboxMessage
+		for f := range strings.FieldsSeq(run.Reason) {
+			key, body, _ := strings.Cut(f, ":")
+			plain, star := strings.CutSuffix(key, "*")
+			out = append(out, store.OutboxMessage{Key: plain, Topic: "t", Body: []byte(body), Coalesce: star})
+		}
+		return out
+	})
+}
+
+func (r *rig) put(messages string) {
+	r.t.Helper()
+	must(r.t, r.InsertRun(r.t.Context(), &store.Run{ID: r.id("run"), State: store.RunQueued, Reason: messages}, nil))
+}
+
+func (r *rig) take(owner string, limit int) ([]int64, string) {
+	r.t.Helper()
+	msgs, err := r.OutboxClaim(r.t.Context(), owner, limit, time.Minute)
+	must(r.t, err)
+	var ids []int64
+	var out []string
+	for _, m := range msgs {
+		ids = append(ids, m.ID)
+		out = append(out, m.Key+":"+string(m.Body))
+	}
+	return ids, strings.Join(out, " ")
+}
+
+func TestOutbox(t *testing.T) {
+	testenv.Databases(t, func(t *testing.T, url string) {
+		r := outboxRig(t, url)
+		ctx := t.Context()
+		r.put("a:1 b:1 a:2 c*:1")
+		r.put("c*:2 a:3 c*:3")
+		first, got := r.take("o1", 2)
+		eq(t, "oldest", got, "a:1 b:1")
+		_, got = r.take("o2", 10)
+		eq(t, "other keys, the newest where they coalesce", got, "c:3")
+		_, got = r.take("o3", 10)
+		eq(t, "nothing is left", got, "")
+		must(t, r.OutboxDone(ctx, first...))
+		must(t, r.OutboxDone(ctx))
+		_, got = r.take("o3", 10)
+		eq(t, "the rest of a key", got, "a:2 a:3")
+		must(t, r.OutboxRelease(ctx, "o3"))
+		_, got = r.take("o4", 10)
+		eq(t, "given back", got, "a:2 a:3")
+		r.put("c*:4")
+		_, got = r.take("o4", 10)
+		eq(t, "a claimed key", got, "")
+		r.pass(2 * time.Minute)
+		_, got = r.take("o5", 10)
+		eq(t, "leases run out", got, "a:2 a:3 c:4")
+	})
+}
+
+func TestOutboxKeepsOrderPerKey(t *testing.T) {
+	testenv.Databases(t, func(t *testing.T, url string) {
+		r := outboxRig(t, url)
+		const keys, each = 3, 8
+		for i := range each {
+			var ms []string
+			for k := range keys {
+				ms = append(ms, fmt.Sprintf("k%d:%d", k, i))
+			}
+			r.put(strings.Join(ms, " "))
+		}
+		var mu sync.Mutex
+		sent := map[string]string{}
+		var wg sync.WaitGroup
+		for i := range 4 {
+			owner := fmt.Sprint("o", i)
+			wg.Go(func() {
+				for range 50 {
+					msgs, err := r.OutboxClaim(t.Context(), owner, 4, time.Hour)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					var ids []int64
+					mu.Lock()
+					for _, m := range msgs {
+						sent[m.Key] += string(m.Body)
+						ids = append(ids, m.ID)
+					}
+					mu.Unlock()
+					if err := r.OutboxDone(t.Context(), ids...); err != nil {
+						t.Error(err)
+					}
+					mu.Lock()
+					all := len(sent["k0"])+len(sent["k1"])+len(sent["k2"]) >= keys*each
+					mu.Unlock()
+					if all {
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		for k := range keys {
+			eq(t, fmt.Sprint("order of key ", k), sent[fmt.Sprint("k", k)], "01234567")
+		}
+	})
+}
