@@ -1,0 +1,152 @@
+// Package forgetest is the conformance suite for drivers of package forge. A
+// driver's test calls Run with a Harness:
+//
+//	func TestConformance(t *testing.T) {
+//		forgetest.Run(t, forgetest.Harness{New: func(tb forgetest.TB) forgetest.Fixture { … }})
+//	}
+//
+// The suite asks for what the driver's Capabilities declare and for the
+// optional interfaces that forge.As finds.
+package forgetest
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/solstice-ci/solstice-go/forge"
+)
+
+// TB is the part of testing.TB that checks use. Fatalf must not return.
+type TB interface {
+	Helper()
+	Errorf(format string, args ...any)
+	Fatalf(format string, args ...any)
+	Cleanup(func())
+	TempDir() string
+	Context() context.Context
+}
+
+// Mode of a file in a tree.
+type Mode string
+
+// Modes, as git writes them.
+const (
+	Regular    Mode = "100644"
+	Executable Mode = "100755"
+	Symlink    Mode = "120000" // Content is the target
+)
+
+// File is one file of a tree.
+type File struct {
+	Mode    Mode // empty: Regular
+	Content string
+}
+
+// Harness makes the forges under test.
+type Harness struct {
+	// New makes a forge and what the suite needs to fill it. The suite closes
+	// the forge; whatever else is to be released goes to tb.Cleanup.
+	New func(tb TB) Fixture
+}
+
+// Fixture is a forge and the back door to its content.
+type Fixture struct {
+	Forge forge.Forge
+	// Repo makes an empty repository whose default branch is "main"; name is
+	// one component.
+	Repo func(tb TB, name string) forge.Repo
+	// Commit adds a commit to a branch that exists or not: its tree is files,
+	// by path, its parent the branch's tip. It gives the commit's object name.
+	Commit func(tb TB, r forge.Repo, branch string, files map[string]File) string
+	// Tag makes a tag of the commit, with a tag object where annotated.
+	Tag func(tb TB, r forge.Repo, name, commit string, annotated bool)
+	// Fetch fetches the commit with a git client and what CloneInfo gave, and
+	// gives the content of the file at path in what it got.
+	Fetch func(tb TB, c forge.Clone, commit, path string) (string, error)
+	// Statuses gives what people see beside the commit. Required when the
+	// driver's Capabilities have Statuses; what the forge can't represent
+	// (Version, ExternalID, times) may be left out.
+	Statuses func(tb TB, r forge.Repo, commit string) []forge.Status
+}
+
+// Check is one promise of package forge.
+type Check struct {
+	Name string
+	// Needs says whether the promise is made by the driver; nil: by every one.
+	Needs func(f forge.Forge) bool
+	Run   func(tb TB, f Fixture)
+}
+
+// Run runs every check that applies as a subtest of t, each on a new fixture.
+func Run(t *testing.T, h Harness) {
+	for _, c := range Checks() {
+		t.Run(c.Name, func(t *testing.T) {
+			f := h.New(t)
+			t.Cleanup(func() {
+				if err := f.Forge.Close(); err != nil {
+					t.Errorf("Close: %v", err)
+				}
+			})
+			if c.Needs != nil && !c.Needs(f.Forge) {
+				t.Logf("the driver makes no such promise: %s", c.Name)
+				return
+			}
+			c.Run(t, f)
+		})
+	}
+}
+
+func statuses(f forge.Forge) bool { return f.Capabilities().Statuses }
+func webhooks(f forge.Forge) bool { return f.Capabilities().Webhooks }
+
+func optional[T any](f forge.Forge) bool {
+	_, ok := forge.As[T](f)
+	return ok
+}
+
+// Checks lists the promises, for those who run them in another way than Run.
+func Checks() []Check {
+	return []Check{
+		{"Resolve", nil, checkResolve},
+		{"ResolveRefuses", nil, checkResolveRefuses},
+		{"ReadFile", nil, checkReadFile},
+		{"ReadFileAtCommit", nil, checkReadFileAtCommit},
+		{"ReadFileOddNames", nil, checkOddNames},
+		{"ReadFileBound", nil, checkBound},
+		{"ReadFileAbsent", nil, checkAbsent},
+		{"ReadFileNotRegular", nil, checkNotRegular},
+		{"ReadFileInvalid", nil, checkInvalidArguments},
+		{"ListFiles", nil, checkListFiles},
+		{"ListFilesAbsent", nil, checkListFilesAbsent},
+		{"UnknownRepo", nil, checkUnknownRepo},
+		{"InvalidRepo", nil, checkInvalidRepo},
+		{"Clone", nil, checkClone},
+		{"Context", nil, checkContext},
+		{"WebhooksUnsupported", func(f forge.Forge) bool { return !webhooks(f) }, checkWebhooksUnsupported},
+		{"Statuses", statuses, checkStatuses},
+		{"StatusIdempotent", statuses, checkStatusIdempotent},
+		{"StatusOrder", statuses, checkStatusOrder},
+		{"StatusKeys", statuses, checkStatusKeys},
+		{"StatusRace", statuses, checkStatusRace},
+		{"StatusInvalid", statuses, checkStatusInvalid},
+		{"Heads", optional[forge.HeadLister], checkHeads},
+		{"ChangedPaths", optional[forge.ChangedPaths], checkChangedPaths},
+		{"ChangedPathsLimit", optional[forge.ChangedPaths], checkChangedPathsLimit},
+	}
+}
+
+func wantErr(tb TB, what string, err error, targets ...error) {
+	tb.Helper()
+	if !slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) }) {
+		tb.Errorf("%s: error %v, want one that wraps %v", what, err, targets)
+	}
+}
+
+func must(tb TB, what string, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatalf("%s: %v", what, err)
+	}
+}
