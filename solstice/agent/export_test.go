@@ -1,0 +1,13 @@
+package agent
+
+// Parts of the package that its tests reach into.
+
+// SetSourceTries says how often a checkout tries to reach the source.
+func (c *Config) SetSourceTries(n int) { c.sourceTries = n }
+
+// Untar and ErrInfra are how a source archive is unpacked, and how its failures
+// are told apart.
+var (
+	Untar   = untar
+	IsInfra = isInfra
+)

@@ -1,0 +1,196 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/solstice-ci/solstice-go/internal/proctree"
+)
+
+// Variables that mark what belongs to a machine.
+const machineVar = "SOLSTICE_MACHINE_ID"
+
+// killTimeout bounds the hunt for what a job left behind; a process that cannot
+// be killed (in an uninterruptible system call) must not hang the agent.
+const killTimeout = 30 * time.Second
+
+// becomeReaper makes this process the parent of its orphaned descendants.
+func becomeReaper(log *slog.Logger) {
+	if err := proctree.SetSubreaper(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		log.Warn("cannot adopt orphans; processes that leave their session are found by their environment only", "error", err)
+	}
+}
+
+// processes are those of one job.
+type processes struct {
+	log       *slog.Logger
+	marker    string
+	dedicated bool
+	reaper    proctree.Reaper
+	discards  sync.WaitGroup
+	pipes     []*os.File // of leftovers, being discarded
+	running   []proctree.ID
+}
+
+func newProcesses(log *slog.Logger, machineID string, dedicated bool) *processes {
+	return &processes{log: log, marker: machineVar + "=" + machineID, dedicated: dedicated}
+}
+
+// process is a running step, leader of its session.
+type process struct {
+	ps     *processes
+	cmd    *exec.Cmd
+	id     proctree.ID
+	out    [2]*pump
+	exited chan struct{}
+}
+
+// start starts cmd in a session of its own; sinks get what it prints.
+func (ps *processes) start(cmd *exec.Cmd, stdout, stderr func([]byte)) (*process, error) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	var ends [4]*os.File
+	for i := 0; i < len(ends); i += 2 {
+		r, w, err := os.Pipe()
+		if err != nil {
+			closeAll(ends[:]...)
+			return nil, infra(err)
+		}
+		ends[i], ends[i+1] = r, w
+	}
+	cmd.Stdout, cmd.Stderr = ends[1], ends[3]
+	err := ps.reaper.Start(cmd)
+	closeAll(ends[1], ends[3])
+	if err != nil {
+		closeAll(ends[0], ends[2])
+		return nil, err
+	}
+	p := &process{ps: ps, cmd: cmd, exited: make(chan struct{})}
+	if e, err := proctree.Lookup(cmd.Process.Pid); err == nil {
+		p.id = e.ID
+		ps.running = append(ps.running, e.ID)
+	} else {
+		ps.log.Warn("process not found after its start", "pid", cmd.Process.Pid, "error", err)
+	}
+	p.out[0], p.out[1] = startPump(ends[0], stdout), startPump(ends[2], stderr)
+	go func() {
+		defer close(p.exited)
+		_ = ps.reaper.Wait(cmd) // the state says it all
+	}()
+	return p, nil
+}
+
+func closeAll(files ...*os.File) {
+	for _, f := range files {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+}
+
+// finish waits for the end of what the process printed. Where somebody still
+// holds an output, the rest of it is discarded.
+func (p *process) finish() {
+	for _, out := range p.out {
+		out.finish()
+		if !out.open {
+			closeAll(out.r)
+			continue
+		}
+		p.ps.pipes = append(p.ps.pipes, out.r)
+		p.ps.discards.Go(func() { discard(out.r) })
+	}
+}
+
+// signal sends to the process group.
+func (p *process) signal(sig syscall.Signal) {
+	if err := syscall.Kill(-p.cmd.Process.Pid, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
+		p.ps.log.Warn("signal", "pid", p.cmd.Process.Pid, "signal", sig, "error", err)
+	}
+}
+
+// terminate asks the group to end and kills it after the grace, or when kill is
+// closed. It returns when the process has ended.
+func (p *process) terminate(grace time.Duration, kill <-chan struct{}) {
+	p.signal(syscall.SIGTERM)
+	p.signal(syscall.SIGCONT) // a stopped process gets no other signal
+	t := time.NewTimer(grace)
+	defer t.Stop()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for waiting := true; waiting; {
+		select {
+		case <-t.C:
+			waiting = false
+		case <-kill:
+			waiting = false
+		case <-tick.C:
+			// The leader may end before those who clean up.
+			waiting = !p.groupGone()
+		}
+	}
+	p.kill()
+}
+
+func (p *process) groupGone() bool {
+	select {
+	case <-p.exited:
+	default:
+		return false
+	}
+	if p.ps.dedicated {
+		p.ps.reaper.Reap()
+	}
+	return errors.Is(syscall.Kill(-p.cmd.Process.Pid, 0), syscall.ESRCH)
+}
+
+// kill ends the group and all descendants, and waits for the process's end.
+func (p *process) kill() {
+	if !p.id.IsZero() {
+		p.ps.hunt(proctree.Target{Root: p.id, Reaper: p.ps.own()})
+	}
+	p.signal(syscall.SIGKILL)
+	<-p.exited
+}
+
+// own is the reaper where zombies are this process's to take away.
+func (ps *processes) own() *proctree.Reaper {
+	if ps.dedicated {
+		return &ps.reaper
+	}
+	return nil
+}
+
+// killAll ends everything that the job started and closes what it held.
+func (ps *processes) killAll() {
+	t := proctree.Target{Marker: ps.marker, Reaper: ps.own()}
+	if ps.dedicated {
+		if self, err := proctree.Self(); err == nil {
+			t.Root, t.SpareRoot = self, true
+		}
+	}
+	ps.hunt(t)
+	for _, id := range ps.running {
+		// Where there is no marker, the groups of the steps are what is known. A
+		// group's number is not given to another process while it has members.
+		if p, err := proctree.Lookup(id.PID); err != nil || p.ID == id {
+			_ = syscall.Kill(-id.PID, syscall.SIGKILL)
+		}
+	}
+	closeAll(ps.pipes...)
+	ps.discards.Wait()
+	ps.pipes, ps.running = nil, nil
+}
+
+func (ps *processes) hunt(t proctree.Target) {
+	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
+	defer cancel()
+	if err := proctree.KillAll(ctx, t); err != nil {
+		ps.log.Error("processes of the job are left", "error", err)
+	}
+}

@@ -1,0 +1,155 @@
+package daemon
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+)
+
+// GRPC are the flags of the gRPC listener for clients.
+type GRPC struct {
+	GRPCAddr         string `group:"gRPC" name:"grpc-addr" env:"GRPC_ADDR" placeholder:"HOST:PORT" help:"Address for gRPC clients; in place of host and port."`
+	GRPCHost         string `group:"gRPC" name:"grpc-host" env:"GRPC_HOST" default:"127.0.0.1" help:"Host to listen at for gRPC clients."`
+	GRPCPort         uint16 `group:"gRPC" name:"grpc-port" env:"GRPC_PORT" default:"50051" help:"Port to listen at for gRPC clients."`
+	GRPCTLSCert      string `group:"gRPC" name:"grpc-tls-cert" env:"GRPC_TLS_CERT" placeholder:"FILE" help:"PEM file of the server's certificate chain; read again when it changes."`
+	GRPCTLSKey       string `group:"gRPC" name:"grpc-tls-key" env:"GRPC_TLS_KEY" placeholder:"FILE" help:"PEM file of the certificate's key."`
+	GRPCTLSCA        string `group:"gRPC" name:"grpc-tls-ca" env:"GRPC_TLS_CA" placeholder:"FILE" help:"PEM file of the authorities whose client certificates are verified."`
+	GRPCKeepaliveMS  int    `group:"gRPC" name:"grpc-keepalive-ms" env:"GRPC_KEEPALIVE_MS" default:"20000" help:"Silence after which a connection is probed."`
+	GRPCMaxMessageMB int    `group:"gRPC" name:"grpc-max-message-mb" env:"GRPC_MAX_MESSAGE_MB" default:"32" help:"Largest message."`
+	GRPCTimeoutMS    int    `group:"gRPC" name:"grpc-timeout-ms" env:"GRPC_TIMEOUT_MS" default:"10000" help:"Longest unary call; longer deadlines are shortened to it."`
+}
+
+// Listen opens the listener. An address beyond loopback needs a certificate.
+func (g GRPC) Listen(ctx context.Context) (net.Listener, error) {
+	addr := g.GRPCAddr
+	if addr == "" {
+		addr = net.JoinHostPort(g.GRPCHost, fmt.Sprint(g.GRPCPort))
+	}
+	lis, err := listen(ctx, "grpc-addr", addr)
+	if err != nil {
+		return nil, err
+	}
+	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && g.GRPCTLSCert == "" {
+		_ = lis.Close() // nothing was accepted yet
+		return nil, &ExitError{Code: ExitUsage, Err: &Problem{
+			What: "gRPC at " + addr + " has no TLS", Advice: "give --grpc-tls-cert and --grpc-tls-key, or listen at 127.0.0.1",
+		}}
+	}
+	return lis, nil
+}
+
+// ServerOptions returns what a server is made with: TLS 1.3 where a certificate
+// is given, with clients' certificates verified where an authority is (who has
+// none is still let in: authorization decides); bounds on messages and streams;
+// keepalive; and for unary calls a deadline, which clients must set.
+func (g GRPC) ServerOptions() ([]grpc.ServerOption, error) {
+	alive := time.Duration(g.GRPCKeepaliveMS) * time.Millisecond
+	opts := []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(g.GRPCMaxMessageMB << 20),
+		grpc.MaxSendMsgSize(g.GRPCMaxMessageMB << 20),
+		grpc.MaxConcurrentStreams(1000),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: alive, Timeout: alive}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: alive / 2, PermitWithoutStream: true}),
+		grpc.ChainUnaryInterceptor(deadlines(time.Duration(g.GRPCTimeoutMS) * time.Millisecond)),
+	}
+	if (g.GRPCTLSCert == "") != (g.GRPCTLSKey == "") {
+		return nil, &ExitError{Code: ExitUsage, Err: &Problem{
+			What: "TLS for gRPC needs a certificate and its key", Advice: "give both --grpc-tls-cert and --grpc-tls-key",
+		}}
+	}
+	if g.GRPCTLSCert == "" {
+		return opts, nil
+	}
+	r := &reloader{cert: g.GRPCTLSCert, key: g.GRPCTLSKey, ca: g.GRPCTLSCA}
+	if _, err := r.config(nil); err != nil {
+		return nil, &Problem{What: "cannot use the TLS files for gRPC", Err: err}
+	}
+	return append(opts, grpc.Creds(credentials.NewTLS(&tls.Config{
+		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, GetConfigForClient: r.config,
+	}))), nil
+}
+
+// deadlines refuses unary calls without a deadline and shortens long ones.
+func deadlines(longest time.Duration) grpc.UnaryServerInterceptor {
+	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+		if _, ok := ctx.Deadline(); !ok {
+			return nil, status.Error(codes.InvalidArgument, "the call has no deadline")
+		}
+		ctx, cancel := context.WithTimeout(ctx, longest)
+		defer cancel()
+		return next(ctx, req)
+	}
+}
+
+// reloader serves certificates from files, and reads these again when one has
+// changed. Files that cannot be used leave the certificates as they were, since
+// a deployment replaces them one after the other.
+type reloader struct {
+	cert, key, ca string // ca may be empty
+
+	mu    sync.Mutex
+	stamp [3]fileStamp
+	last  *tls.Config
+}
+
+type fileStamp struct {
+	size    int64
+	modTime time.Time
+}
+
+func (r *reloader) config(*tls.ClientHelloInfo) (*tls.Config, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var stamp [3]fileStamp
+	var errs []error
+	for i, file := range []string{r.cert, r.key, r.ca} {
+		if file == "" {
+			continue
+		}
+		info, err := os.Stat(file)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		stamp[i] = fileStamp{info.Size(), info.ModTime()}
+	}
+	err := errors.Join(errs...)
+	if err == nil && (r.last == nil || stamp != r.stamp) {
+		var c *tls.Config
+		if c, err = r.load(); err == nil {
+			r.last, r.stamp = c, stamp
+		}
+	}
+	if r.last == nil {
+		return nil, err
+	}
+	return r.last, nil
+}
+
+func (r *reloader) load() (*tls.Config, error) {
+	pair, err := tls.LoadX509KeyPair(r.cert, r.key)
+	if err != nil {
+		return nil, err
+	}
+	c := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{pair}}
+	if r.ca != "" {
+		var pool *x509.CertPool
+		if pool, err = loadPool(r.ca); err != nil {
+			return nil, err
+		}
+		c.ClientCAs, c.ClientAuth = pool, tls.VerifyClientCertIfGiven
+	}
+	return c, nil
+}

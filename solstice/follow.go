@@ -1,0 +1,155 @@
+package solstice
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"time"
+
+	"github.com/solstice-ci/solstice-go/internal/store"
+	"github.com/solstice-ci/solstice-go/solstice/logstream"
+)
+
+// followTick is how often a follower looks by itself, for changes that another
+// engine made.
+const followTick = time.Second
+
+// Watch yields the run with its jobs, now and after every change, until it is
+// terminal. Changes may be coalesced. The error comes with the last pair.
+func (e *Engine) Watch(ctx context.Context, runID string) iter.Seq2[Run, error] {
+	return func(yield func(Run, error) bool) {
+		changed, unsubscribe := e.hub.subscribe(runID)
+		defer unsubscribe()
+		tick := time.NewTicker(followTick)
+		defer tick.Stop()
+		version := int64(-1)
+		for {
+			row, err := e.store.Run(ctx, runID)
+			if err == nil && row.Version != version {
+				var r Run
+				// The jobs may be newer than the run's row; the next round is then soon.
+				if r, err = e.GetRun(ctx, runID); err == nil {
+					version = row.Version
+					if !yield(r, nil) || r.State.Terminal() {
+						return
+					}
+				}
+			}
+			if err != nil {
+				yield(Run{}, e.publicError("run "+runID, err))
+				return
+			}
+			select {
+			case <-ctx.Done():
+				yield(Run{}, ctx.Err())
+				return
+			case <-changed:
+			case <-tick.C:
+			}
+		}
+	}
+}
+
+// Log yields an attempt's log from a byte offset and follows it until the
+// attempt is over and all of it was yielded. The error comes with the last
+// pair; an unknown attempt wraps ErrNotFound.
+func (e *Engine) Log(ctx context.Context, attemptID string, from int64) iter.Seq2[logstream.Chunk, error] {
+	return func(yield func(logstream.Chunk, error) bool) {
+		a, err := e.store.Attempt(ctx, attemptID)
+		if err != nil {
+			yield(logstream.Chunk{}, e.publicError("attempt "+attemptID, err))
+			return
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		ended := make(chan struct{})
+		go func() { defer close(ended); e.sealWhenLost(ctx, a.ID) }()
+		defer func() { cancel(); <-ended }()
+		for c, err := range e.logs.Tail(ctx, a.LogStream, from) {
+			if errors.Is(err, logstream.ErrNotFound) {
+				err = e.publicError("log of attempt "+attemptID, store.ErrNotFound)
+			}
+			if !yield(c, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// sealWhenLost makes sure that a log which nobody writes any more has an end:
+// the engine that gave the attempt up may have died before it sealed the log.
+func (e *Engine) sealWhenLost(ctx context.Context, attemptID string) {
+	changed, unsubscribe := e.hub.subscribe(attemptID)
+	defer unsubscribe()
+	tick := time.NewTicker(followTick)
+	defer tick.Stop()
+	for {
+		a, err := e.store.Attempt(ctx, attemptID)
+		if err == nil && AttemptState(a.State).Terminal() {
+			if a.State == store.AttemptLost {
+				e.sealLost(ctx, a.LogStream, a.Epoch)
+			}
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-tick.C:
+		}
+	}
+}
+
+// JobChunk is a piece of a job's log, or the boundary before an attempt's.
+type JobChunk struct {
+	// Attempt the chunk belongs to. Begin is true for the boundary: then Chunk
+	// is empty.
+	Attempt Attempt
+	Begin   bool
+	Chunk   logstream.Chunk
+}
+
+// FollowJob yields the logs of all attempts of a job, one after the other, each
+// after a boundary, until the job is terminal. A job that never had an attempt
+// yields nothing.
+func (e *Engine) FollowJob(ctx context.Context, jobID string) iter.Seq2[JobChunk, error] {
+	return func(yield func(JobChunk, error) bool) {
+		changed, unsubscribe := e.hub.subscribe(jobID)
+		defer unsubscribe()
+		tick := time.NewTicker(followTick)
+		defer tick.Stop()
+		for next := 0; ; {
+			job, err := e.store.Job(ctx, jobID)
+			if err != nil {
+				yield(JobChunk{}, e.publicError("job "+jobID, err))
+				return
+			}
+			source := firstOf(job.CopiedFrom, jobID) // a kept result has its log where it was made
+			attempts, err := e.store.Attempts(ctx, source)
+			if err != nil {
+				yield(JobChunk{}, err)
+				return
+			}
+			for ; next < len(attempts); next++ {
+				a := publicAttempt(attempts[next])
+				if !yield(JobChunk{Attempt: a, Begin: true}, nil) {
+					return
+				}
+				for c, err := range e.Log(ctx, a.ID, 0) {
+					if !yield(JobChunk{Attempt: a, Chunk: c}, err) || err != nil {
+						return
+					}
+				}
+			}
+			if job.State.Terminal() {
+				return
+			}
+			select {
+			case <-ctx.Done():
+				yield(JobChunk{}, ctx.Err())
+				return
+			case <-changed:
+			case <-tick.C:
+			}
+		}
+	}
+}

@@ -1,0 +1,363 @@
+package solstice
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/store"
+	"github.com/solstice-ci/solstice-go/queue"
+)
+
+// Topics that engines and forge integrations share. A status goes to
+// TopicStatus + "." + the forge's instance name.
+const (
+	TopicRunRequest = "runrequest"
+	TopicStatus     = "status"
+	TopicWake       = "wake"
+)
+
+// Content types of the messages: JSON whose unknown fields are ignored.
+const (
+	ContentTypeRunRequest = "application/vnd.solstice.runrequest.v1+json"
+	ContentTypeStatus     = "application/vnd.solstice.status.v1+json"
+	ContentTypeWake       = "application/vnd.solstice.wake.v1+json"
+)
+
+// consumerGroup is the group of engines on a topic.
+const consumerGroup = "solstice"
+
+// StatusMessage asks the holder of a forge's credentials to report a status.
+type StatusMessage struct {
+	Forge  string       `json:"forge"`
+	Repo   forge.Repo   `json:"repo"`
+	Commit string       `json:"commit"`
+	Status forge.Status `json:"status"`
+}
+
+// wakeMessage says that there may be work for labels.
+type wakeMessage struct {
+	From   string   `json:"from"`
+	Labels []string `json:"labels"`
+}
+
+// statuses says what a change means for the forge; it runs inside the
+// transaction of the change, so it only looks at its arguments.
+func (e *Engine) statuses(run *store.Run, jobs []*store.Job) []store.OutboxMessage {
+	repo := decode[forge.Repo](run.Repo)
+	var out []store.OutboxMessage
+	add := func(s forge.Status) {
+		out = append(out, store.OutboxMessage{
+			Key: run.Forge + "/" + repo.FullName() + "/" + run.Commit + "/" + s.Key, Topic: TopicStatus + "." + run.Forge,
+			ContentType: ContentTypeStatus, Coalesce: true,
+			Body: encode(StatusMessage{Forge: run.Forge, Repo: repo, Commit: run.Commit, Status: s}),
+		})
+	}
+	prefix := e.cfg.StatusPrefix + "/" + run.WorkflowName
+	for _, j := range jobs {
+		if j.State == store.JobWaiting || j.State == store.JobAssigned || j.CopiedFrom != "" {
+			continue // says no more than the state before
+		}
+		add(forge.Status{
+			Key: prefix + "/" + j.Name, Version: statusVersion(run), State: jobStatus(j.State), Description: describeJob(j),
+			TargetURL: e.targetURL(run.ID, j.ID), ExternalID: j.ID, StartedAt: timeOf(j.StartedAt), FinishedAt: timeOf(j.FinishedAt),
+		})
+	}
+	add(forge.Status{
+		Key: prefix, Version: statusVersion(run), State: runStatus(run.State), Description: firstOf(run.Reason, describeRun(run.State)),
+		TargetURL: e.targetURL(run.ID, ""), ExternalID: run.ID, StartedAt: timeOf(run.StartedAt), FinishedAt: timeOf(run.FinishedAt),
+	})
+	return out
+}
+
+// statusVersion orders the reports for one commit and key, over several runs:
+// the run's creation in milliseconds, then its own count of changes.
+func statusVersion(run *store.Run) int64 { return run.CreatedAt/1000<<20 | min(run.Version, 1<<20-1) }
+
+func (e *Engine) targetURL(run, job string) string {
+	if e.cfg.TargetURL == nil {
+		return ""
+	}
+	return e.cfg.TargetURL(run, job)
+}
+
+func jobStatus(s store.JobState) forge.StatusState {
+	switch s {
+	case store.JobRunning:
+		return forge.StatusRunning
+	case store.JobSucceeded:
+		return forge.StatusSuccess
+	case store.JobFailed, store.JobTimedOut:
+		return forge.StatusFailure
+	case store.JobCancelled:
+		return forge.StatusCancelled
+	case store.JobErrored:
+		return forge.StatusError
+	case store.JobSkipped:
+		return forge.StatusSkipped
+	}
+	return forge.StatusPending
+}
+
+func runStatus(s store.RunState) forge.StatusState {
+	switch s {
+	case store.RunRunning:
+		return forge.StatusRunning
+	case store.RunSucceeded:
+		return forge.StatusSuccess
+	case store.RunFailed:
+		return forge.StatusFailure
+	case store.RunCancelled:
+		return forge.StatusCancelled
+	case store.RunErrored:
+		return forge.StatusError
+	case store.RunSkipped:
+		return forge.StatusSkipped
+	}
+	return forge.StatusPending
+}
+
+func describeJob(j *store.Job) string {
+	switch {
+	case j.Reason != "":
+		first, _, _ := strings.Cut(j.Reason, "\n")
+		return first
+	case j.State == store.JobQueued && j.Attempts > 0:
+		return fmt.Sprintf("Queued again after attempt %d", j.Attempts)
+	case j.State.Terminal() && j.StartedAt > 0:
+		return fmt.Sprintf("%s after %s", sentence(string(j.State)), time.Duration((j.FinishedAt-j.StartedAt)*1000).Round(time.Second))
+	}
+	return sentence(string(j.State))
+}
+
+func describeRun(s store.RunState) string { return sentence(string(s)) }
+
+func sentence(s string) string {
+	s = strings.ReplaceAll(s, "_", " ")
+	return strings.ToUpper(s[:1]) + s[1:]
+}
+
+// relayLoop publishes the outbox: in order per key, deleted after the queue
+// has the message for good, so that a crash in between sends it twice.
+func (e *Engine) relayLoop(ctx context.Context) {
+	const batch = 256
+	tick := time.NewTicker(e.cfg.Timing.Tick)
+	defer tick.Stop()
+	retry := backoff.NewExponentialBackOff()
+	for {
+		n, err := e.relay(ctx, batch)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			e.log.WarnContext(ctx, "outbox not relayed", "error", err)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(retry.NextBackOff()):
+			}
+			continue
+		case n > 0:
+			retry.Reset()
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-e.relayKick.c:
+		case <-tick.C:
+		}
+	}
+}
+
+func (e *Engine) relay(ctx context.Context, limit int) (int, error) {
+	msgs, err := e.store.OutboxClaim(ctx, e.id, limit, e.cfg.Timing.Lease)
+	if err != nil || len(msgs) == 0 {
+		return 0, err
+	}
+	byTopic := map[string][]*store.OutboxMessage{}
+	for _, m := range msgs {
+		byTopic[m.Topic] = append(byTopic[m.Topic], m)
+	}
+	var done []int64
+	var errs []error
+	for topic, ms := range byTopic {
+		out := make([]queue.Message, len(ms))
+		for i, m := range ms {
+			out[i] = queue.Message{ID: fmt.Sprintf("%s-%d", e.store.Installation(), m.ID), Body: m.Body, ContentType: m.ContentType, Attributes: decode[map[string]string](m.Attributes)}
+		}
+		err := e.cfg.Queue.Publish(ctx, topic, out, queue.PublishOptions{})
+		var partly *queue.PublishError
+		switch {
+		case err == nil:
+			for _, m := range ms {
+				done = append(done, m.ID)
+			}
+		case errors.As(err, &partly):
+			errs = append(errs, err)
+			failedKeys := map[string]bool{} // nothing of a key overtakes what failed
+			for i, m := range ms {
+				if partly.Failed[i] != nil {
+					failedKeys[m.Key] = true
+				} else if !failedKeys[m.Key] {
+					done = append(done, m.ID)
+				}
+			}
+		default:
+			errs = append(errs, err)
+		}
+	}
+	// Told even when we stop just now: what was published must not go out again.
+	after, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if len(done) > 0 {
+		errs = append(errs, e.store.OutboxDone(after, done...))
+	}
+	if len(done) < len(msgs) {
+		errs = append(errs, e.store.OutboxRelease(after, e.id))
+	}
+	return len(done), errors.Join(errs...)
+}
+
+// consumers subscribes to what this engine handles: wake-ups, run requests,
+// and the statuses of the forges that it hosts.
+func (e *Engine) consumers() ([]func(context.Context), error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	wakes, err := e.cfg.Queue.Subscribe(ctx, TopicWake, queue.SubscribeOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("solstice: subscribe to %s: %w", TopicWake, err)
+	}
+	loops := []func(context.Context){func(ctx context.Context) { e.hearWakes(ctx, wakes) }}
+	consume := func(topic string, concurrency int, handle func(context.Context, queue.Message) error) {
+		c := &queue.Consumer{
+			Queue: e.cfg.Queue, Topic: topic, Group: consumerGroup, Concurrency: concurrency, Handler: handle,
+			Logger: e.log, TracerProvider: e.cfg.TracerProvider, MeterProvider: e.cfg.MeterProvider,
+		}
+		loops = append(loops, func(ctx context.Context) {
+			retry := backoff.NewExponentialBackOff()
+			for ctx.Err() == nil {
+				if err := c.Run(ctx); err != nil && ctx.Err() == nil {
+					e.log.ErrorContext(ctx, "consumer ended, starting it again", "topic", topic, "error", err)
+				}
+				select {
+				case <-ctx.Done():
+				case <-time.After(retry.NextBackOff()):
+				}
+			}
+		})
+	}
+	if len(e.cfg.Forges) > 0 {
+		consume(TopicRunRequest, 4, e.handleRunRequest)
+	}
+	for name := range e.cfg.Forges {
+		consume(TopicStatus+"."+name, 4, e.handleStatus)
+	}
+	return loops, nil
+}
+
+func (e *Engine) hearWakes(ctx context.Context, sub queue.Subscription) {
+	defer func() { _ = sub.Close() }()
+	for _, p := range e.pools {
+		p.kick.set() // something may have come before we listened
+	}
+	for {
+		d, err := sub.Next(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				e.log.WarnContext(ctx, "wake-ups end, the slow tick goes on", "error", err)
+			}
+			return
+		}
+		var w wakeMessage
+		if json.Unmarshal(d.Message().Body, &w) == nil && w.From != e.id {
+			e.wakeLocal(w.Labels)
+		}
+	}
+}
+
+// handleRunRequest accepts a run request from a forge integration. It is acked
+// after the runs are durable; a repeat finds them by delivery.
+func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message) error {
+	var r RunRequest
+	if err := json.Unmarshal(m.Body, &r); err != nil {
+		return queue.Discard(fmt.Errorf("not a run request: %w", err))
+	}
+	if r.IdempotencyKey == "" && r.Event.Delivery == "" {
+		r.IdempotencyKey = "message/" + m.ID
+	}
+	_, err := e.Submit(ctx, r)
+	switch {
+	case errors.Is(err, ErrInvalid), errors.Is(err, forge.ErrNotFound), errors.Is(err, forge.ErrInvalid):
+		return queue.Discard(err)
+	case errors.Is(err, ErrNoWorkflow):
+		e.log.InfoContext(ctx, "run request without a workflow", "repo", r.Repo.FullName(), "commit", r.Commit)
+		return nil
+	}
+	return err
+}
+
+func (e *Engine) handleStatus(ctx context.Context, m queue.Message) error {
+	var s StatusMessage
+	if err := json.Unmarshal(m.Body, &s); err != nil {
+		return queue.Discard(fmt.Errorf("not a status: %w", err))
+	}
+	f, ok := e.cfg.Forges[s.Forge]
+	if !ok {
+		return fmt.Errorf("solstice: status for forge %q, which is not configured here", s.Forge)
+	}
+	err := f.ReportStatus(ctx, s.Repo, s.Commit, s.Status)
+	if errors.Is(err, forge.ErrNotFound) || errors.Is(err, forge.ErrInvalid) {
+		return queue.Discard(err)
+	}
+	return err
+}
+
+// wakeSender tells the other engines of work, merging what comes while a
+// message is on its way. Losing one costs a slow tick, so errors are only
+// noted.
+type wakeSender struct {
+	e      *Engine
+	kick   flag
+	mu     sync.Mutex
+	labels []string
+}
+
+func newWakeSender(e *Engine) *wakeSender { return &wakeSender{e: e, kick: newFlag()} }
+
+func (w *wakeSender) send(labels []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, l := range labels {
+		if !slices.Contains(w.labels, l) {
+			w.labels = append(w.labels, l)
+		}
+	}
+	w.kick.set()
+}
+
+func (w *wakeSender) loop(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-w.kick.c:
+		}
+		w.mu.Lock()
+		labels := w.labels
+		w.labels = nil
+		w.mu.Unlock()
+		msg := queue.Message{Body: encode(wakeMessage{From: w.e.id, Labels: labels}), ContentType: ContentTypeWake}
+		if err := w.e.cfg.Queue.Publish(ctx, TopicWake, []queue.Message{msg}, queue.PublishOptions{}); err != nil && ctx.Err() == nil {
+			w.e.log.WarnContext(ctx, "wake-up not sent", "error", err)
+		}
+	}
+}

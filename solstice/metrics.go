@@ -1,0 +1,49 @@
+package solstice
+
+import (
+	"context"
+	"errors"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+
+	"github.com/solstice-ci/solstice-go/internal/store"
+)
+
+// metrics are the engine's instruments. Their labels are states, classes and
+// nothing that grows with use.
+type metrics struct {
+	jobs    metric.Int64Counter
+	queued  metric.Float64Histogram
+	ran     metric.Float64Histogram
+	lost    metric.Int64Counter
+	breaker metric.Int64Counter
+}
+
+func newMetrics(p metric.MeterProvider) (*metrics, error) {
+	m := p.Meter("github.com/solstice-ci/solstice-go/solstice")
+	var out metrics
+	var errs [5]error
+	out.jobs, errs[0] = m.Int64Counter("solstice.jobs", metric.WithDescription("jobs that reached a terminal state, by state"))
+	out.queued, errs[1] = m.Float64Histogram("solstice.job.queued", metric.WithUnit("s"), metric.WithDescription("time from queued to running"))
+	out.ran, errs[2] = m.Float64Histogram("solstice.job.duration", metric.WithUnit("s"), metric.WithDescription("time from running to the terminal state"))
+	out.lost, errs[3] = m.Int64Counter("solstice.attempts.lost", metric.WithDescription("attempts given up, by failure class"))
+	out.breaker, errs[4] = m.Int64Counter("solstice.reaper.breaker", metric.WithDescription("sweeps in which too many agents seemed dead at once"))
+	return &out, errors.Join(errs[:]...)
+}
+
+func (m *metrics) jobOver(j *store.Job) {
+	ctx := context.Background()
+	state := metric.WithAttributes(attribute.String("state", string(j.State)))
+	m.jobs.Add(ctx, 1, state)
+	if j.StartedAt > 0 {
+		m.queued.Record(ctx, float64(j.StartedAt-j.QueuedAt)/1e6)
+		m.ran.Record(ctx, float64(j.FinishedAt-j.StartedAt)/1e6, state)
+	}
+}
+
+func (m *metrics) attemptLost(c Class) {
+	m.lost.Add(context.Background(), 1, metric.WithAttributes(attribute.String("class", string(c))))
+}
+
+func (m *metrics) breakerTripped() { m.breaker.Add(context.Background(), 1) }

@@ -1,0 +1,281 @@
+package solstice
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/solstice-ci/solstice-go/internal/store"
+	"github.com/solstice-ci/solstice-go/vmprovider"
+)
+
+// renewLoop keeps what this engine owns. A session whose attempt is another's
+// by now is ended, so that it stops writing; the fence would refuse it anyhow.
+func (e *Engine) renewLoop(ctx context.Context) {
+	tick := time.NewTicker(min(e.cfg.Timing.Lease, e.cfg.Timing.AgentDeadline) / 3)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		attempts, machines := e.inContact()
+		still, _, err := e.store.Renew(ctx, e.id, e.cfg.Timing.Lease, attempts, machines)
+		if err != nil {
+			if ctx.Err() == nil {
+				e.log.WarnContext(ctx, "leases not renewed", "error", err)
+			}
+			continue
+		}
+		e.mu.Lock()
+		for _, s := range e.sessions {
+			if ref := s.ref.Load(); ref != nil && still[ref.ID] != ref.Epoch {
+				// It may be younger than the renewal: the store decides.
+				go s.recheck(*ref)
+			}
+		}
+		e.mu.Unlock()
+		if err := e.store.Beat(ctx, store.Orchestrator{ID: e.id, Addr: e.AgentAddr()}); err != nil && ctx.Err() == nil {
+			e.log.WarnContext(ctx, "presence not recorded", "error", err)
+		}
+	}
+}
+
+func (s *session) recheck(ref store.AttemptRef) {
+	a, err := s.e.store.Attempt(s.ctx, ref.ID)
+	if err == nil && (a.Epoch != ref.Epoch || a.Owner != s.e.id) {
+		s.cancel(store.ErrStale)
+	}
+}
+
+// inContact lists attempts and machines whose agents were heard of lately.
+func (e *Engine) inContact() (attempts, machines []string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	since := time.Now().Add(-2 * e.cfg.Timing.Heartbeat).UnixNano()
+	for id, s := range e.sessions {
+		if s.contact.Load() < since {
+			continue
+		}
+		machines = append(machines, id)
+		if ref := s.ref.Load(); ref != nil {
+			attempts = append(attempts, ref.ID)
+		}
+	}
+	return attempts, machines
+}
+
+// reapLoop is the slow safety net behind everything that normally happens at
+// once: deadlines, machines nobody cleaned up, runs nobody moved on.
+func (e *Engine) reapLoop(ctx context.Context) {
+	tick := time.NewTicker(e.cfg.Timing.Tick)
+	defer tick.Stop()
+	var outage bool
+	var quietUntil, trippedAt time.Time
+	for {
+		if err := e.sweep(ctx, &quietUntil, &trippedAt); err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			outage = true
+			e.log.WarnContext(ctx, "sweep failed", "error", err)
+		} else if outage {
+			// While the state was away no agent's contact could be recorded:
+			// give all of them the time to show up again.
+			outage = false
+			quietUntil = time.Now().Add(e.cfg.Timing.AgentDeadline)
+			e.log.WarnContext(ctx, "state is back: nothing is given up for one agent deadline", "until", quietUntil)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (e *Engine) sweep(ctx context.Context, quietUntil, trippedAt *time.Time) error {
+	t := e.cfg.Timing
+	due, err := e.store.Overdue(ctx, t.AgentDeadline+t.DeadlineMargin)
+	if err != nil {
+		return err
+	}
+	live, err := e.store.LiveAttempts(ctx)
+	if err != nil {
+		return err
+	}
+	if time.Now().After(*quietUntil) && !e.tripped(len(due.Lost), len(live), trippedAt) {
+		for _, a := range due.Lost {
+			e.lose(ctx, a, ClassAgentLost, "its agent was not heard of for "+(t.AgentDeadline+t.DeadlineMargin).String(), "")
+		}
+	}
+	for _, m := range due.Boot {
+		e.bootFailed(ctx, m)
+	}
+	for _, a := range due.TimedOut {
+		e.lose(ctx, a, ClassTimeout, "the job was over its timeout and its agent did not end it", "")
+	}
+	now, err := e.store.Now(ctx)
+	if err != nil {
+		return err
+	}
+	for _, a := range live {
+		if a.CancelReason == "" {
+			continue
+		}
+		if a.CancelAt+(3*e.cfg.CancelGrace+t.DeadlineMargin).Microseconds() < now {
+			e.lose(ctx, a, ClassCancelled, a.CancelReason, "")
+		} else {
+			e.cancelAttempt(a.MachineID, a.CancelReason) // asked by another engine, or not delivered yet
+		}
+	}
+	runs, err := e.store.StuckRuns(ctx, 100)
+	if err != nil {
+		return err
+	}
+	for _, r := range runs {
+		if err := e.withRun(ctx, r.ID, func(context.Context, *store.RunTx) error { return nil }); err != nil {
+			e.log.WarnContext(ctx, "run not moved on", "run_id", r.ID, "error", err)
+		}
+	}
+	labels, err := e.store.ReleaseHolds(ctx, t.HoldTimeout)
+	if err != nil {
+		return err
+	}
+	if len(labels) > 0 {
+		e.log.WarnContext(ctx, "retries begin though their old machines could not be destroyed in time", "labels", labels)
+		e.wake(labels)
+	}
+	for _, p := range e.pools {
+		if err := p.sweep(ctx); err != nil && ctx.Err() == nil {
+			e.log.WarnContext(ctx, "machines not swept", "pool", p.Name, "error", err)
+		}
+	}
+	return nil
+}
+
+// tripped is the circuit breaker: when more than half of the agents, and at
+// least five, seem dead at once, the fault is more likely ours (a network, a
+// clock). Then nothing is given up for one more deadline.
+func (e *Engine) tripped(lost, live int, since *time.Time) bool {
+	if lost < 5 || 2*lost <= live {
+		*since = time.Time{}
+		return false
+	}
+	now := time.Now()
+	if since.IsZero() {
+		*since = now
+	}
+	if now.Sub(*since) >= e.cfg.Timing.AgentDeadline {
+		return false
+	}
+	e.metrics.breakerTripped()
+	e.log.Error("too many agents seem dead at once: nothing is given up for one more deadline", "lost", lost, "live", live, "since", *since)
+	return true
+}
+
+func (e *Engine) bootFailed(ctx context.Context, m *store.Machine) {
+	p := e.poolNamed(m.Pool)
+	console := ""
+	if p != nil && p.Host == m.Host {
+		console = p.console(ctx, m.ID)
+	}
+	if m.AttemptID == "" {
+		e.discard(ctx, m, "its agent did not attach in time")
+		return
+	}
+	a, err := e.store.Attempt(ctx, m.AttemptID)
+	if err != nil {
+		e.log.WarnContext(ctx, "attempt not read", "attempt", m.AttemptID, "error", err)
+		return
+	}
+	e.lose(ctx, a, ClassBoot, "its machine's agent did not attach in time", console)
+}
+
+// sweep compares the hypervisor's machines with the rows, both ways. One engine
+// at a time does it per host. It never touches what has a live owner or belongs
+// to another installation.
+func (p *pool) sweep(ctx context.Context) error {
+	e := p.e
+	mine, err := e.store.Lease(ctx, "reaper/"+p.Host+"/"+p.Name, e.id, 3*e.cfg.Timing.Tick+e.cfg.Timing.Lease)
+	if err != nil || !mine {
+		return err
+	}
+	// The rows are read first: a machine that is created in between has a row
+	// that this list lacks, so machines without a row are looked up once more.
+	rows, err := e.store.MachinesNotGone(ctx, p.Host)
+	if err != nil {
+		return err
+	}
+	seen := map[string]vmprovider.Instance{}
+	for inst, err := range p.Provider.List(ctx, vmprovider.ListOptions{Owner: e.store.Installation()}) {
+		if err != nil {
+			return err // an incomplete list proves nothing
+		}
+		seen[inst.ID] = inst
+	}
+	known := map[string]bool{}
+	now, err := e.store.Now(ctx)
+	if err != nil {
+		return err
+	}
+	for _, m := range rows {
+		known[m.ID] = true
+		if m.Pool != p.Name {
+			continue
+		}
+		inst, there := seen[m.ID]
+		live := m.LeaseUntil > now && m.Owner != ""
+		p.mu.Lock()
+		_, creating := p.creating[m.ID]
+		p.mu.Unlock()
+		switch {
+		case m.State == store.MachineDestroying:
+			e.background(func() { e.destroy(ctx, m) })
+		case creating:
+		case !there && m.State == store.MachineProvisioning && live && m.Owner != e.id:
+			// Its owner is about to create it.
+		case !there:
+			// The list may be older than the machine.
+			if _, err := p.Provider.Get(ctx, m.ID); errors.Is(err, vmprovider.ErrNotFound) {
+				p.over(ctx, m, "its machine is gone")
+			}
+		case inst.State == vmprovider.StateStopped || inst.State == vmprovider.StateLeftover && !live:
+			p.over(ctx, m, "its machine stopped")
+		case m.State == store.MachineReady && (now-m.ReadyAt > p.WarmMaxAge.Microseconds() || !live):
+			// Too old, or its agent did not find another engine.
+			if !live && now-m.ContactAt < (e.cfg.Timing.AgentDeadline+e.cfg.Timing.DeadlineMargin).Microseconds() {
+				continue
+			}
+			e.discard(ctx, m, "it waited too long for a job")
+		}
+	}
+	for id := range seen {
+		if known[id] {
+			continue
+		}
+		m, err := e.store.Machine(ctx, id)
+		if err == nil && m.State != store.MachineGone {
+			continue
+		}
+		e.log.WarnContext(ctx, "machine without a row destroyed", "machine", id, "pool", p.Name)
+		if err := p.Provider.Destroy(ctx, id, vmprovider.DestroyOptions{}); err != nil {
+			e.log.WarnContext(ctx, "stray machine not destroyed yet", "machine", id, "error", err)
+		}
+	}
+	return nil
+}
+
+// printable makes console output safe to show: valid UTF-8, no control
+// characters but line breaks and tabs.
+func printable(b []byte) string {
+	return strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || !unicode.IsControl(r) {
+			return r
+		}
+		return -1
+	}, strings.ToValidUTF8(string(b), "�"))
+}
