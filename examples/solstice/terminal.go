@@ -1,0 +1,82 @@
+package main
+
+import "strings"
+
+// plain is safe for names and reasons, which have no colours.
+func plain(text string) string { return safe(strings.ReplaceAll(text, "\n", " "), false) }
+
+// safe takes away what a job's output could do to the terminal: of escape
+// sequences only colours are left, of carriage returns what they would show.
+func safe(line string, colour bool) string {
+	line = strings.TrimRight(line, "\r")
+	if i := strings.LastIndexByte(line, '\r'); i >= 0 {
+		line = line[i+1:]
+	}
+	var b strings.Builder
+	coloured := false
+	for i := 0; i < len(line); i++ {
+		switch c := line[i]; {
+		case c == 0x1b:
+			n, sgr := escape(line[i:])
+			if sgr && colour {
+				b.WriteString(line[i : i+n])
+				coloured = true
+			}
+			i += n - 1
+		case c == '\t' || c >= 0x20 && c != 0x7f:
+			b.WriteByte(c)
+		}
+	}
+	if coloured {
+		b.WriteString("\x1b[0m")
+	}
+	return strings.Map(func(r rune) rune {
+		if isControl(r) {
+			return -1
+		}
+		return r
+	}, strings.ToValidUTF8(b.String(), "\uFFFD"))
+}
+
+// isControl reports C1 control characters, which can also come as two bytes of
+// UTF-8, and those that change the direction of text (UAX #9), with which a
+// line could show as another.
+func isControl(r rune) bool {
+	return r >= 0x80 && r < 0xa0 || r >= 0x202a && r <= 0x202e || r >= 0x2066 && r <= 0x2069
+}
+
+// escape measures the escape sequence (ECMA-48) that s begins with and says
+// whether it selects colours.
+func escape(s string) (n int, sgr bool) {
+	if len(s) < 2 {
+		return 1, false
+	}
+	switch s[1] {
+	case '[':
+		sgr = true
+		for i := 2; i < len(s); i++ {
+			switch c := s[i]; {
+			case c >= 0x40 && c <= 0x7e:
+				return i + 1, sgr && c == 'm'
+			case c < 0x20 || c >= 0x7f: // not part of a sequence: it ends here, unfinished
+				return i, false
+			case c != ';' && c != ':' && (c < '0' || c > '9'):
+				sgr = false // private to some terminal
+			}
+		}
+		return len(s), false
+	case ']', 'P', '_', '^', 'X': // strings, ended by BEL or ESC \
+		for i := 2; i < len(s); i++ {
+			if s[i] == 0x07 {
+				return i + 1, false
+			}
+			if s[i] == 0x1b && i+1 < len(s) && s[i+1] == '\\' {
+				return i + 2, false
+			}
+		}
+		return len(s), false
+	case 0x1b: // an escape does not end another
+		return 1, false
+	}
+	return 2, false
+}
