@@ -184,13 +184,17 @@ func (p *pool) create(ctx context.Context, c store.Claimed, token string) {
 			Hostname: m.ID, InstanceID: m.ID,
 		},
 	})
-	p.mu.Lock()
-	cancel := p.creating[m.ID]
-	delete(p.creating, m.ID)
-	p.mu.Unlock()
-	if cancel != nil {
-		defer cancel()
-	}
+	// Until what became of it is recorded: a row without a machine that nobody
+	// creates is taken for a machine that is gone.
+	defer func() {
+		p.mu.Lock()
+		cancel := p.creating[m.ID]
+		delete(p.creating, m.ID)
+		p.mu.Unlock()
+		if cancel != nil {
+			cancel()
+		}
+	}()
 	if err == nil {
 		p.accepted()
 		return

@@ -190,7 +190,7 @@ func TestShells(t *testing.T) {
 		{"sh stops at the first failure", "", "false\necho beyond", "", failed, classUser, "exit status 1"},
 		{"bash", "bash", "false | true; echo ${BASH_VERSION%%.*}", "", failed, classUser, "exit status 1"},
 		{"python", "python", "print(1)", "snake\nprint(1)", succeeded, classNone, ""},
-		{"template", "sh -x {0}", "echo traced", "+ echo traced", succeeded, classNone, ""},
+		{"template", "sh -x {0}", "echo traced", "+ echo traced\ntraced\n", succeeded, classNone, ""},
 		{"template without file", "fish", "x", "", failed, classUser, "{0}"},
 		{"missing shell", "no-such-shell {0}", "x", "", failed, classUser, "not found"},
 		{"signal", "", "kill -SEGV $$", "", failed, classUser, "SIGSEGV"},

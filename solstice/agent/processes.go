@@ -47,27 +47,24 @@ type process struct {
 	ps     *processes
 	cmd    *exec.Cmd
 	id     proctree.ID
-	out    [2]*pump
+	out    *pump
 	exited chan struct{}
 }
 
-// start starts cmd in a session of its own; sinks get what it prints.
-func (ps *processes) start(cmd *exec.Cmd, stdout, stderr func([]byte)) (*process, error) {
+// start starts cmd in a session of its own; sink gets what it prints. Standard
+// output and error are one pipe: only so do both come in the order they were
+// printed in.
+func (ps *processes) start(cmd *exec.Cmd, sink func([]byte)) (*process, error) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	var ends [4]*os.File
-	for i := 0; i < len(ends); i += 2 {
-		r, w, err := os.Pipe()
-		if err != nil {
-			closeAll(ends[:]...)
-			return nil, infra(err)
-		}
-		ends[i], ends[i+1] = r, w
-	}
-	cmd.Stdout, cmd.Stderr = ends[1], ends[3]
-	err := ps.reaper.Start(cmd)
-	closeAll(ends[1], ends[3])
+	r, w, err := os.Pipe()
 	if err != nil {
-		closeAll(ends[0], ends[2])
+		return nil, infra(err)
+	}
+	cmd.Stdout, cmd.Stderr = w, w
+	err = ps.reaper.Start(cmd)
+	closeAll(w)
+	if err != nil {
+		closeAll(r)
 		return nil, err
 	}
 	p := &process{ps: ps, cmd: cmd, exited: make(chan struct{})}
@@ -77,7 +74,7 @@ func (ps *processes) start(cmd *exec.Cmd, stdout, stderr func([]byte)) (*process
 	} else {
 		ps.log.Warn("process not found after its start", "pid", cmd.Process.Pid, "error", err)
 	}
-	p.out[0], p.out[1] = startPump(ends[0], stdout), startPump(ends[2], stderr)
+	p.out = startPump(r, sink)
 	go func() {
 		defer close(p.exited)
 		_ = ps.reaper.Wait(cmd) // the state says it all
@@ -87,24 +84,20 @@ func (ps *processes) start(cmd *exec.Cmd, stdout, stderr func([]byte)) (*process
 
 func closeAll(files ...*os.File) {
 	for _, f := range files {
-		if f != nil {
-			_ = f.Close()
-		}
+		_ = f.Close()
 	}
 }
 
 // finish waits for the end of what the process printed. Where somebody still
-// holds an output, the rest of it is discarded.
+// holds the output, the rest of it is discarded.
 func (p *process) finish() {
-	for _, out := range p.out {
-		out.finish()
-		if !out.open {
-			closeAll(out.r)
-			continue
-		}
-		p.ps.pipes = append(p.ps.pipes, out.r)
-		p.ps.discards.Go(func() { discard(out.r) })
+	p.out.finish()
+	if !p.out.open {
+		closeAll(p.out.r)
+		return
 	}
+	p.ps.pipes = append(p.ps.pipes, p.out.r)
+	p.ps.discards.Go(func() { discard(p.out.r) })
 }
 
 // signal sends to the process group.

@@ -49,10 +49,10 @@ func (j *job) step(ctx context.Context, w *watch, i int, st *agentv1.Step) outco
 	if err != nil {
 		return failed(err)
 	}
-	p, err := j.procs.start(cmd, j.sink(i, agentv1.Fd_FD_STDOUT), j.sink(i, agentv1.Fd_FD_STDERR))
+	p, err := j.procs.start(cmd, j.sink(i))
 	if errors.Is(err, syscall.ENOEXEC) && st.GetKind() == agentv1.StepKind_STEP_KIND_SETUP {
 		if cmd, err = s.shell("", cmd.Path); err == nil {
-			p, err = j.procs.start(cmd, j.sink(i, agentv1.Fd_FD_STDOUT), j.sink(i, agentv1.Fd_FD_STDERR))
+			p, err = j.procs.start(cmd, j.sink(i))
 		}
 	}
 	if err != nil {
@@ -63,8 +63,8 @@ func (j *job) step(ctx context.Context, w *watch, i int, st *agentv1.Step) outco
 	return s.outcome(p.cmd.ProcessState, err)
 }
 
-func (j *job) sink(i int, fd agentv1.Fd) func([]byte) {
-	return func(b []byte) { j.journal.log(int32(i), fd, b) }
+func (j *job) sink(i int) func([]byte) {
+	return func(b []byte) { j.journal.log(int32(i), agentv1.Fd_FD_STDOUT, b) }
 }
 
 // startError tells a script that cannot run from a machine that cannot run

@@ -35,7 +35,7 @@ type Fd int32
 
 const (
 	Fd_FD_UNSPECIFIED Fd = 0
-	Fd_FD_STDOUT      Fd = 1
+	Fd_FD_STDOUT      Fd = 1 // the agent gives both one pipe, for their order, and calls it this
 	Fd_FD_STDERR      Fd = 2
 )
 
