@@ -12,6 +12,7 @@
 package localgit
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/gitcmd"
@@ -48,7 +50,13 @@ type Forge struct {
 	single    repository
 	name      string
 	statusDir string
+
+	mu      sync.Mutex
+	readers map[string]*gitcmd.Objects // by git directory
 }
+
+// maxReaders bounds the repositories for which a git is kept running.
+const maxReaders = 16
 
 var (
 	_ forge.Forge        = (*Forge)(nil)
@@ -115,8 +123,15 @@ func findGit(ctx context.Context, exe string) (*gitcmd.Git, error) {
 	return g, nil
 }
 
-// Close releases the root directory.
+// Close releases the root directory, and ends what was kept running.
 func (f *Forge) Close() error {
+	f.mu.Lock()
+	readers := f.readers
+	f.readers = nil
+	f.mu.Unlock()
+	for _, r := range readers {
+		r.Close()
+	}
 	if f.root == nil {
 		return nil
 	}
@@ -230,17 +245,47 @@ func resolve(ctx context.Context, git *gitcmd.Git, in gitcmd.Options, rev string
 	return commit, nil
 }
 
-// commit opens the repository and checks that the commit is in it.
-func (f *Forge) commit(ctx context.Context, r forge.Repo, commit string) (repository, error) {
-	repo, err := f.open(ctx, r)
-	if err != nil {
-		return repository{}, err
+// objects is the reader of a repository's objects.
+func (f *Forge) objects(repo repository) *gitcmd.Objects {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r := f.readers[repo.dir]; r != nil {
+		return r
+	}
+	if f.readers == nil {
+		f.readers = map[string]*gitcmd.Objects{}
+	}
+	for dir, r := range f.readers { // any one: it is started again when it is wanted
+		if len(f.readers) < maxReaders {
+			break
+		}
+		delete(f.readers, dir)
+		go r.Close()
+	}
+	r := f.git.Objects(repo.in())
+	f.readers[repo.dir] = r
+	return r
+}
+
+// commit opens the repository and gives the root tree of a commit in it.
+func (f *Forge) commit(ctx context.Context, r forge.Repo, commit string) (repo repository, tree string, err error) {
+	if repo, err = f.open(ctx, r); err != nil {
+		return repository{}, "", err
 	}
 	if err := gitcmd.CheckObject(commit); err != nil {
-		return repository{}, fmt.Errorf("%w: %w", forge.ErrInvalid, err)
+		return repository{}, "", fmt.Errorf("%w: %w", forge.ErrInvalid, err)
 	}
-	if _, err := f.resolve(ctx, repo, commit); err != nil {
-		return repository{}, err
+	kind, data, err := f.objects(repo).Read(ctx, commit, maxObject)
+	if errors.Is(err, gitcmd.ErrNoObject) || err == nil && kind != "commit" {
+		return repository{}, "", fmt.Errorf("%w: commit %s in repository %q", forge.ErrNotFound, commit, repo.id)
 	}
-	return repo, nil
+	if err != nil {
+		return repository{}, "", fmt.Errorf("localgit: read commit: %w", err)
+	}
+	head, _, _ := bytes.Cut(data, []byte("\n"))
+	tree, ok := strings.CutPrefix(string(head), "tree ")
+	if !ok {
+		return repository{}, "", fmt.Errorf("localgit: commit %s has no tree", commit)
+	}
+	return repo, tree, nil
 }

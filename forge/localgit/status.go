@@ -38,7 +38,7 @@ func (f *Forge) ReportStatus(ctx context.Context, r forge.Repo, commit string, s
 	if err := s.Validate(); err != nil {
 		return err
 	}
-	repo, err := f.commit(ctx, r, commit)
+	repo, _, err := f.commit(ctx, r, commit)
 	if err != nil {
 		return err
 	}

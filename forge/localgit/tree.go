@@ -1,112 +1,135 @@
 package localgit
 
 import (
+	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"path"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/gitcmd"
 )
 
-// entry is one line of git ls-tree -l.
+// maxObject is the largest commit or tree that is read: a directory of a
+// million files.
+const maxObject = 64 << 20
+
+// entry is one line of a tree (git's "Git Objects" book chapter has the format).
 type entry struct {
-	mode, kind, object string
-	size               int64
-	name               string // from the root of the tree
+	mode, name, object string
 }
 
 func (e entry) regular() bool { return e.mode == "100644" || e.mode == "100755" }
 
-// list gives the entries that git ls-tree finds for the path: the entry
-// itself, or what is in it where it ends with a slash; "" is the root.
-func (f *Forge) list(ctx context.Context, repo repository, commit, name string) ([]entry, error) {
-	args := []string{"ls-tree", "-l", "-z", "--full-tree", commit, "--"}
-	if name != "" {
-		args = append(args, name)
+// tree reads a tree by its object name.
+func (f *Forge) tree(ctx context.Context, repo repository, object string) ([]entry, error) {
+	kind, data, err := f.objects(repo).Read(ctx, object, maxObject)
+	if err == nil && kind != "tree" {
+		err = fmt.Errorf("%s is a %s", object, kind)
 	}
-	out, err := f.git.Output(ctx, repo.in(), args...)
 	if err != nil {
-		return nil, fmt.Errorf("localgit: list tree: %w", err)
+		return nil, fmt.Errorf("localgit: read tree: %w", err)
 	}
 	var entries []entry
-	for line := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
-		if line == "" {
-			continue
+	for raw := len(object) / 2; len(data) > 0; {
+		head, rest, ok := bytes.Cut(data, []byte{0})
+		mode, name, ok2 := strings.Cut(string(head), " ")
+		if !ok || !ok2 || len(rest) < raw {
+			return nil, fmt.Errorf("localgit: tree %s is damaged", object)
 		}
-		meta, name, ok := strings.Cut(line, "\t")
-		fields := strings.Fields(meta)
-		if !ok || len(fields) != 4 {
-			return nil, fmt.Errorf("localgit: list tree: unexpected line %.80q", line)
-		}
-		size, err := strconv.ParseInt(fields[3], 10, 64)
-		if err != nil {
-			size = 0 // "-": not a blob
-		}
-		entries = append(entries, entry{fields[0], fields[1], fields[2], size, name})
+		entries = append(entries, entry{mode, name, hex.EncodeToString(rest[:raw])})
+		data = rest[raw:]
 	}
 	return entries, nil
 }
+
+// find gives the entry of a path below a tree; ok is false where there is none.
+func (f *Forge) find(ctx context.Context, repo repository, tree, name string) (e entry, ok bool, err error) {
+	for part := range strings.SplitSeq(name, "/") {
+		if tree == "" {
+			return entry{}, false, nil // below what is no directory
+		}
+		entries, err := f.tree(ctx, repo, tree)
+		if err != nil {
+			return entry{}, false, err
+		}
+		i := slices.IndexFunc(entries, func(e entry) bool { return e.name == part })
+		if i < 0 {
+			return entry{}, false, nil
+		}
+		e, tree = entries[i], ""
+		if e.directory() {
+			tree = e.object
+		}
+	}
+	return e, true, nil
+}
+
+func (e entry) directory() bool { return e.mode == "40000" }
 
 // ReadFile implements forge.Forge.
 func (f *Forge) ReadFile(ctx context.Context, r forge.Repo, commit, name string) ([]byte, error) {
 	if err := gitcmd.CheckPath(name); err != nil {
 		return nil, fmt.Errorf("%w: %w", forge.ErrInvalid, err)
 	}
-	repo, err := f.commit(ctx, r, commit)
+	repo, tree, err := f.commit(ctx, r, commit)
 	if err != nil {
 		return nil, err
 	}
-	entries, err := f.list(ctx, repo, commit, name)
-	if err != nil {
-		return nil, err
-	}
-	i := slices.IndexFunc(entries, func(e entry) bool { return e.name == name })
+	e, ok, err := f.find(ctx, repo, tree, name)
 	switch {
-	case i < 0:
+	case err != nil:
+		return nil, err
+	case !ok:
 		return nil, fmt.Errorf("%w: %q at %s", forge.ErrNotFound, name, commit)
-	case entries[i].mode == "120000":
+	case e.mode == "120000":
 		return nil, fmt.Errorf("%w: %q is a symbolic link, which is not followed", forge.ErrInvalid, name)
-	case !entries[i].regular():
+	case !e.regular():
 		return nil, fmt.Errorf("%w: %q is not a regular file", forge.ErrInvalid, name)
-	case entries[i].size > forge.MaxFileBytes:
-		return nil, fmt.Errorf("%w: %q has %d bytes", forge.ErrTooLarge, name, entries[i].size)
 	}
-	in := repo.in()
-	in.MaxOutput = forge.MaxFileBytes
-	out, err := f.git.Output(ctx, in, "cat-file", "blob", entries[i].object)
+	_, data, err := f.objects(repo).Read(ctx, e.object, forge.MaxFileBytes)
+	if errors.Is(err, gitcmd.ErrTooLarge) {
+		return nil, fmt.Errorf("%w: %q: %w", forge.ErrTooLarge, name, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("localgit: read %q: %w", name, err)
 	}
-	return out, nil
+	return data, nil
 }
 
 // ListFiles implements forge.Forge.
 func (f *Forge) ListFiles(ctx context.Context, r forge.Repo, commit, dir string) ([]string, error) {
-	name := ""
 	if dir != "" {
 		if err := gitcmd.CheckPath(dir); err != nil {
 			return nil, fmt.Errorf("%w: %w", forge.ErrInvalid, err)
 		}
-		name = dir + "/"
 	}
-	repo, err := f.commit(ctx, r, commit)
+	repo, tree, err := f.commit(ctx, r, commit)
 	if err != nil {
 		return nil, err
 	}
-	entries, err := f.list(ctx, repo, commit, name)
+	if dir != "" {
+		e, ok, err := f.find(ctx, repo, tree, dir)
+		if err != nil {
+			return nil, err
+		}
+		if !ok || !e.directory() {
+			return nil, nil
+		}
+		tree = e.object
+	}
+	entries, err := f.tree(ctx, repo, tree)
 	if err != nil {
 		return nil, err
 	}
 	var names []string
 	for _, e := range entries {
-		if e.regular() && strings.HasPrefix(e.name, name) {
-			names = append(names, path.Base(e.name))
+		if e.regular() {
+			names = append(names, e.name)
 		}
 	}
 	slices.Sort(names)
@@ -153,7 +176,7 @@ func (f *Forge) ChangedPaths(ctx context.Context, r forge.Repo, base, head strin
 	if limit < 0 {
 		return nil, false, fmt.Errorf("%w: limit %d", forge.ErrInvalid, limit)
 	}
-	repo, err := f.commit(ctx, r, head)
+	repo, _, err := f.commit(ctx, r, head)
 	if err != nil {
 		return nil, false, err
 	}
@@ -164,7 +187,7 @@ func (f *Forge) ChangedPaths(ctx context.Context, r forge.Repo, base, head strin
 			return nil, false, fmt.Errorf("localgit: empty tree: %w", err)
 		}
 		base = strings.TrimSuffix(string(out), "\n")
-	} else if _, err := f.commit(ctx, r, base); err != nil {
+	} else if _, _, err := f.commit(ctx, r, base); err != nil {
 		return nil, false, err
 	}
 	paths := pathCollector{limit: limit}
