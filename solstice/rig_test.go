@@ -33,6 +33,13 @@ const engineArg = "__solstice-test-engine"
 
 func TestMain(m *testing.M) {
 	agent.Hook()
+	if len(os.Args) == 3 && os.Args[1] == bareArg {
+		if err := bareAgent(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if len(os.Args) == 3 && os.Args[1] == engineArg {
 		if err := engineMain(os.Args[2]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -62,7 +69,7 @@ var quick = solstice.Timing{
 	Heartbeat: 300 * time.Millisecond, Tick: 300 * time.Millisecond, Boot: time.Minute,
 }
 
-func newPlant(t *testing.T, dbURL string) *plant {
+func newPlant(t testing.TB, dbURL string) *plant {
 	t.Helper()
 	p := &plant{DBURL: dbURL, Dir: t.TempDir(), Timing: quick, Capacity: 4, Grace: time.Second}
 	p.commit(t, map[string]string{"README": "test"})
@@ -74,7 +81,7 @@ func newPlant(t *testing.T, dbURL string) *plant {
 	return p
 }
 
-func (p *plant) openDB(t *testing.T) *bun.DB {
+func (p *plant) openDB(t testing.TB) *bun.DB {
 	t.Helper()
 	db, err := sqldb.Open(t.Context(), p.DBURL, sqldb.Options{})
 	if err != nil {
@@ -88,7 +95,7 @@ func (p *plant) repoDir() string     { return filepath.Join(p.Dir, "repo") }
 func (p *plant) machinesDir() string { return filepath.Join(p.Dir, "machines") }
 
 // nothingLeft is checked after every test: no machine, no directory of one.
-func (p *plant) nothingLeft(t *testing.T) {
+func (p *plant) nothingLeft(t testing.TB) {
 	t.Helper()
 	entries, err := os.ReadDir(p.machinesDir())
 	if err != nil && !os.IsNotExist(err) {
@@ -150,7 +157,7 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 
 // start runs an engine in this process until the returned function is called
 // or the test ends.
-func (p *plant) start(t *testing.T, edit ...func(*solstice.Config)) (*solstice.Engine, func()) {
+func (p *plant) start(t testing.TB, edit ...func(*solstice.Config)) (*solstice.Engine, func()) {
 	t.Helper()
 	cfg, done, err := p.config(t.Context(), slog.New(slog.NewTextHandler(&testLog{t: t}, &slog.HandlerOptions{Level: slog.LevelInfo})))
 	if err != nil {
@@ -179,7 +186,7 @@ func (p *plant) start(t *testing.T, edit ...func(*solstice.Config)) (*solstice.E
 }
 
 // testLog shows an engine's records when the test fails.
-type testLog struct{ t *testing.T }
+type testLog struct{ t testing.TB }
 
 func (l *testLog) Write(b []byte) (int, error) {
 	l.t.Logf("%s", bytes.TrimRight(b, "\n"))
@@ -193,7 +200,7 @@ type engineConfig struct {
 }
 
 // spawn starts an engine in a process of its own, to be killed.
-func (p *plant) spawn(t *testing.T, addr string) *exec.Cmd {
+func (p *plant) spawn(t testing.TB, addr string) *exec.Cmd {
 	t.Helper()
 	b, err := json.Marshal(engineConfig{Plant: p, Addr: addr})
 	if err != nil {
@@ -243,7 +250,7 @@ func engineMain(file string) error {
 }
 
 // commit makes a repository of these files in the plant and returns the commit.
-func (p *plant) commit(t *testing.T, files map[string]string) string {
+func (p *plant) commit(t testing.TB, files map[string]string) string {
 	t.Helper()
 	dir := p.repoDir()
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -274,7 +281,7 @@ func (p *plant) commit(t *testing.T, files map[string]string) string {
 }
 
 // submit commits a workflow and submits it; it expects one run.
-func (p *plant) submit(t *testing.T, eng *solstice.Engine, workflow string) solstice.Run {
+func (p *plant) submit(t testing.TB, eng *solstice.Engine, workflow string) solstice.Run {
 	t.Helper()
 	commit := p.commit(t, map[string]string{".solstice/workflow.yaml": workflow})
 	runs, err := eng.Submit(t.Context(), solstice.RunRequest{Repo: forge.Repo{Name: "repo"}, Commit: commit, Ref: "refs/heads/main"})
@@ -288,12 +295,12 @@ func (p *plant) submit(t *testing.T, eng *solstice.Engine, workflow string) sols
 }
 
 // finish waits for a run's end.
-func finish(t *testing.T, eng *solstice.Engine, id string) solstice.Run {
+func finish(t testing.TB, eng *solstice.Engine, id string) solstice.Run {
 	t.Helper()
 	return finishWithin(t, eng, id, 2*time.Minute)
 }
 
-func finishWithin(t *testing.T, eng *solstice.Engine, id string, bound time.Duration) solstice.Run {
+func finishWithin(t testing.TB, eng *solstice.Engine, id string, bound time.Duration) solstice.Run {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), bound)
 	defer cancel()
@@ -308,7 +315,7 @@ func finishWithin(t *testing.T, eng *solstice.Engine, id string, bound time.Dura
 }
 
 // jobLog reads a job's logs, all attempts.
-func jobLog(t *testing.T, eng *solstice.Engine, jobID string) string {
+func jobLog(t testing.TB, eng *solstice.Engine, jobID string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -322,7 +329,7 @@ func jobLog(t *testing.T, eng *solstice.Engine, jobID string) string {
 	return b.String()
 }
 
-func job(t *testing.T, r solstice.Run, name string) solstice.Job {
+func job(t testing.TB, r solstice.Run, name string) solstice.Job {
 	t.Helper()
 	for _, j := range r.Jobs {
 		if j.Name == name {
@@ -335,7 +342,7 @@ func job(t *testing.T, r solstice.Run, name string) solstice.Job {
 
 // eventually waits for a condition; it fails the test only after a time that no
 // healthy machine needs.
-func eventually(t *testing.T, what string, ok func() bool) {
+func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	deadline := time.After(time.Minute)
 	tick := time.NewTicker(20 * time.Millisecond)
@@ -349,7 +356,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func machinesOf(t *testing.T, p vmprovider.Provider) []vmprovider.Instance {
+func machinesOf(t testing.TB, p vmprovider.Provider) []vmprovider.Instance {
 	t.Helper()
 	var out []vmprovider.Instance
 	for m, err := range p.List(t.Context(), vmprovider.ListOptions{}) {
@@ -362,7 +369,7 @@ func machinesOf(t *testing.T, p vmprovider.Provider) []vmprovider.Instance {
 }
 
 // logFrom reads an attempt's log from an offset.
-func logFrom(t *testing.T, eng *solstice.Engine, attemptID string, from int64) string {
+func logFrom(t testing.TB, eng *solstice.Engine, attemptID string, from int64) string {
 	t.Helper()
 	var b strings.Builder
 	for c, err := range eng.Log(t.Context(), attemptID, from) {

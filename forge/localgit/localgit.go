@@ -6,7 +6,7 @@
 // repository that the driver serves, and leaves the original untouched;
 // [Mirror] does the same for a URL.
 //
-// Statuses are small JSON files beside the repository, one per report: they
+// Statuses are lines of JSON in one file per commit beside the repository: they
 // need neither a lock nor an object in the repository that git would have to
 // collect, and any tool reads them.
 package localgit

@@ -1,36 +1,34 @@
 package localgit
 
 import (
+	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/gitcmd"
 )
 
-// A report is the file <commit>/<SHA-256 of the key>/<version>.json. Linking it
-// into place fails where that version was reported before, readers take the
-// highest version, and writers remove what theirs supersedes: reports of
-// several processes need no lock, and in any order converge.
+// The statuses of a commit are the lines of the file <commit>.jsonl, of which
+// the one with the highest version counts for its key. A report is one write at
+// its end: those of several processes need no lock, and in any order converge.
 
-// statuses is the directory of a commit's statuses.
+// statuses is the file of a commit's statuses.
 func (f *Forge) statuses(repo repository, commit string) string {
+	dir := filepath.Join(repo.common, "solstice", "statuses")
 	if f.statusDir != "" {
-		return filepath.Join(f.statusDir, url.PathEscape(repo.id), commit)
+		dir = filepath.Join(f.statusDir, url.PathEscape(repo.id))
 	}
-	return filepath.Join(repo.common, "solstice", "statuses", commit)
+	return filepath.Join(dir, commit+".jsonl")
 }
 
 // ReportStatus implements forge.Forge.
@@ -42,46 +40,40 @@ func (f *Forge) ReportStatus(ctx context.Context, r forge.Repo, commit string, s
 	if err != nil {
 		return err
 	}
-	sum := sha256.Sum256([]byte(s.Key))
-	dir := filepath.Join(f.statuses(repo, commit), hex.EncodeToString(sum[:]))
-	if err := writeStatus(dir, s); err != nil {
+	if err := appendStatus(f.statuses(repo, commit), s); err != nil {
 		return fmt.Errorf("localgit: report status: %w", err)
 	}
 	return nil
 }
 
-func writeStatus(dir string, s forge.Status) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	versions, err := reported(dir)
+func appendStatus(name string, s forge.Status) error {
+	data, err := json.Marshal(s)
 	if err != nil {
 		return err
 	}
-	if len(versions) > 0 && versions[len(versions)-1] >= s.Version {
-		return nil
-	}
-	data, err := json.MarshalIndent(s, "", "  ")
-	if err != nil {
-		return err
-	}
-	tmp := filepath.Join(dir, "."+rand.Text())
-	defer os.Remove(tmp)
-	if err := writeSynced(tmp, append(data, '\n')); err != nil {
-		return err
-	}
-	if err := os.Link(tmp, statusFile(dir, s.Version)); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	if err := syncDir(dir); err != nil {
-		return err
-	}
-	for _, v := range versions {
-		if err := os.Remove(statusFile(dir, v)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	const flags = os.O_WRONLY | os.O_CREATE | os.O_APPEND
+	file, err := os.OpenFile(name, flags, 0o644)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 			return err
 		}
+		file, err = os.OpenFile(name, flags, 0o644)
 	}
-	return nil
+	if err != nil {
+		return err
+	}
+	st, err := file.Stat()
+	if err == nil {
+		// With a line break before it as well: a crash may have left half a line.
+		_, err = file.Write(slices.Concat([]byte("\n"), data, []byte("\n")))
+	}
+	if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
+		return err
+	}
+	if st.Size() > 0 {
+		return nil
+	}
+	return syncDir(filepath.Dir(name))
 }
 
 // Statuses gives what stands beside a commit, sorted by key.
@@ -93,76 +85,19 @@ func (f *Forge) Statuses(ctx context.Context, r forge.Repo, commit string) ([]fo
 	if err != nil {
 		return nil, err
 	}
-	dir := f.statuses(repo, commit)
-	keys, err := os.ReadDir(dir)
+	data, err := os.ReadFile(f.statuses(repo, commit))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("localgit: statuses: %w", err)
 	}
-	var all []forge.Status
-	for _, key := range keys {
-		s, ok, err := readStatus(ctx, filepath.Join(dir, key.Name()))
-		if err != nil {
-			return nil, fmt.Errorf("localgit: statuses: %w", err)
-		}
-		if ok {
-			all = append(all, s)
+	newest := map[string]forge.Status{}
+	for line := range bytes.Lines(data) {
+		var s forge.Status
+		// What is no status was cut short, by a crash or by our reading it now.
+		if json.Unmarshal(line, &s) == nil && s.Version > newest[s.Key].Version {
+			newest[s.Key] = s
 		}
 	}
-	slices.SortFunc(all, func(a, b forge.Status) int { return strings.Compare(a.Key, b.Key) })
-	return all, nil
-}
-
-// readStatus gives the highest version of one key; ok is false where a first
-// report is still being written.
-func readStatus(ctx context.Context, dir string) (s forge.Status, ok bool, err error) {
-	for ctx.Err() == nil {
-		versions, err := reported(dir)
-		if err != nil || len(versions) == 0 {
-			return s, false, err
-		}
-		data, err := os.ReadFile(statusFile(dir, versions[len(versions)-1]))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // superseded since it was listed
-		}
-		if err != nil {
-			return s, false, err
-		}
-		if err := json.Unmarshal(data, &s); err != nil {
-			return s, false, fmt.Errorf("%s: %w", dir, err)
-		}
-		return s, true, nil
-	}
-	return s, false, ctx.Err()
-}
-
-func statusFile(dir string, version int64) string {
-	return filepath.Join(dir, strconv.FormatInt(version, 10)+".json")
-}
-
-// reported lists the versions in a key's directory, ascending.
-func reported(dir string) ([]int64, error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, err
-	}
-	var versions []int64
-	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), ".json")
-		if v, err := strconv.ParseInt(name, 10, 64); ok && err == nil {
-			versions = append(versions, v)
-		}
-	}
-	slices.Sort(versions)
-	return versions, nil
-}
-
-func writeSynced(name string, data []byte) error {
-	file, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(data)
-	return errors.Join(err, file.Sync(), file.Close())
+	return slices.SortedFunc(maps.Values(newest), func(a, b forge.Status) int { return strings.Compare(a.Key, b.Key) }), nil
 }
 
 func syncDir(dir string) error {

@@ -24,6 +24,9 @@ type Target struct {
 	Marker string
 	// Cgroup: all processes in it.
 	Cgroup *Cgroup
+	// Contained says that all others were started inside Cgroup: then the table
+	// is not read, which costs as much as the machine has processes.
+	Contained bool
 	// Reaper takes away what the caller adopted, as it ends; nil: nothing does.
 	Reaper *Reaper
 }
@@ -78,6 +81,14 @@ func (h *hunt) scan(ctx context.Context) (alive []ID, sure bool, err error) {
 		for _, id := range ids {
 			h.add(id)
 		}
+	}
+	if h.Cgroup != nil && h.Contained {
+		for id := range h.members {
+			if p, err := Lookup(id.PID); err == nil && p.ID == id && !p.Zombie {
+				alive = append(alive, id)
+			}
+		}
+		return alive, true, nil
 	}
 	table, err := Processes()
 	if err != nil {

@@ -164,6 +164,11 @@ func Marked(marker string) ([]ID, error) {
 // it wraps errors.ErrUnsupported. What it adopts it has to reap: see Reaper.
 func SetSubreaper() error { return setSubreaper() }
 
+// Childless reports whether the caller has no children, not even zombies. A
+// subreaper without children has no descendants. False where the system cannot
+// tell.
+func Childless() bool { return childless() }
+
 // poll asks done with growing pauses until it says true or fails, or ctx ends.
 func poll(ctx context.Context, longest time.Duration, done func() (bool, error)) error {
 	pause := time.Millisecond

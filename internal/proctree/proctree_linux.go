@@ -111,6 +111,11 @@ func carries(id ID, marker string) (yes, unsure bool, err error) {
 	return false, len(env) == 0, nil
 }
 
+func childless() bool {
+	err := unix.Waitid(unix.P_ALL, 0, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	return errors.Is(err, unix.ECHILD)
+}
+
 func setSubreaper() error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("proctree: become a subreaper: %w", err)

@@ -15,6 +15,8 @@ func (id ID) Signal(sig syscall.Signal) error { return signalPID(id, sig) }
 
 func wait(context.Context, ID) error { return errors.ErrUnsupported }
 
+func childless() bool { return false }
+
 func setSubreaper() error {
 	return fmt.Errorf("proctree: become a subreaper: %w", errors.ErrUnsupported)
 }

@@ -16,7 +16,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/solstice-ci/solstice-go/internal/gitcmd"
 	"github.com/solstice-ci/solstice-go/solstice/api/agentv1"
 )
 
@@ -32,7 +31,8 @@ type agent struct {
 	cfg      Config
 	log      *slog.Logger
 	contacts *contacts
-	git      *gitcmd.Git // nil where there is none
+	gitPath  string // empty where there is none
+	adopts   bool   // orphans of the job become its children
 
 	jobCtx context.Context // of the job: ends with Run
 
@@ -77,9 +77,11 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	a := &agent{cfg: cfg, log: cfg.Logger, contact: time.Now()}
 	a.contacts = &contacts{log: a.log, list: cfg.Contacts}
-	a.findGit(ctx)
+	// Looked for where the steps will look: this process's own search path may
+	// be empty. Where there is none the source comes as a tar.
+	a.gitPath, _ = lookPath("git", cfg.Env["PATH"])
 	if cfg.Dedicated {
-		becomeReaper(a.log)
+		a.adopts = becomeReaper(a.log)
 	}
 	conn, err := a.enroll(ctx)
 	if err != nil {
@@ -107,19 +109,6 @@ func Run(ctx context.Context, cfg Config) error {
 		err = errors.Join(err, att.journal.remove())
 	}
 	return errors.Join(err, cleanDirs(cfg))
-}
-
-// findGit looks where the steps will look: this process's own search path may
-// be empty.
-func (a *agent) findGit(ctx context.Context) {
-	exe, err := lookPath("git", a.cfg.Env["PATH"])
-	if err == nil {
-		a.git, err = gitcmd.New(ctx, exe)
-	}
-	if err != nil {
-		a.git = nil
-		a.log.Info("no git on this machine: the source comes as a tar", "error", err)
-	}
 }
 
 // prepareDirs makes the directories, and refuses a work tree that is somebody's.
@@ -154,7 +143,7 @@ func (a *agent) enroll(ctx context.Context) (*grpc.ClientConn, error) {
 	_, _ = rand.Read(nonce) // never fails
 	req := &agentv1.EnrollRequest{
 		Token: a.cfg.Token, Nonce: nonce, Os: runtime.GOOS, Arch: runtime.GOARCH, Version: a.cfg.Version,
-		ProtocolMin: int32(a.cfg.ProtocolMin), ProtocolMax: int32(a.cfg.ProtocolMax), HasGit: a.git != nil,
+		ProtocolMin: int32(a.cfg.ProtocolMin), ProtocolMax: int32(a.cfg.ProtocolMax), HasGit: a.gitPath != "",
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, a.cfg.Patience,
 		fmt.Errorf("no answer within %s", a.cfg.Patience))

@@ -50,10 +50,20 @@ type checkout struct {
 	a        *agent
 	src      *agentv1.Source
 	opt      *agentv1.Checkout
-	out, err io.Writer // the step's log
+	prog     *gitcmd.Git // nil where there is none
+	out, err io.Writer   // the step's log
 }
 
 func (c *checkout) run(ctx context.Context) error {
+	if c.a.gitPath != "" {
+		var err error
+		if c.prog, err = gitcmd.New(ctx, c.a.gitPath); err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			fmt.Fprintf(c.err, "[solstice] git is not used: %s\n", clean(err.Error()))
+		}
+	}
 	if err := c.validate(); err != nil {
 		return err
 	}
@@ -65,7 +75,7 @@ func (c *checkout) run(ctx context.Context) error {
 		switch {
 		case err != nil:
 			return infra(err)
-		case c.a.git != nil:
+		case c.prog != nil:
 			err = c.fetch(ctx, client)
 		default:
 			err = c.unpack(ctx, client)
@@ -95,7 +105,7 @@ func (c *checkout) validate() error {
 	if c.opt.GetDepth() < 0 {
 		return fmt.Errorf("checkout depth %d is negative", c.opt.GetDepth())
 	}
-	if c.a.git == nil && (c.opt.GetSubmodules() || c.opt.GetLfs()) {
+	if c.prog == nil && (c.opt.GetSubmodules() || c.opt.GetLfs()) {
 		return errors.New("submodules and lfs need git, which this machine has not")
 	}
 	return nil
@@ -193,7 +203,7 @@ func (c *checkout) submodules(ctx context.Context) error {
 
 // lfs fetches large files from the repository's own server.
 func (c *checkout) lfs(ctx context.Context) error {
-	if _, err := c.a.git.Output(ctx, gitcmd.Options{Dir: c.a.cfg.WorkDir}, "lfs", "version"); err != nil {
+	if _, err := c.prog.Output(ctx, gitcmd.Options{Dir: c.a.cfg.WorkDir}, "lfs", "version"); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -207,7 +217,7 @@ func (c *checkout) lfs(ctx context.Context) error {
 
 // git runs a git command in the work tree, with its output in the step's log.
 func (c *checkout) git(ctx context.Context, protocols []string, args ...string) error {
-	return c.a.git.Run(ctx, gitcmd.Options{
+	return c.prog.Run(ctx, gitcmd.Options{
 		Dir: c.a.cfg.WorkDir, Protocols: protocols, Stdout: c.out, Stderr: c.err,
 		Config: []string{"protocol.version=2", "init.defaultBranch=main", "http.proxy="},
 	}, args...)

@@ -79,6 +79,7 @@ type Config struct {
 	ProtocolMin, ProtocolMax int
 
 	roots       *x509.CertPool
+	spoolMemory int // bytes of the journal kept in memory
 	sourceTries int // how often a source that cannot be reached is tried
 }
 
@@ -166,6 +167,9 @@ func (c Config) complete() (Config, error) {
 	}
 	if c.Patience <= 0 {
 		c.Patience = DefaultPatience
+	}
+	if c.spoolMemory == 0 {
+		c.spoolMemory = memoryBytes
 	}
 	if c.sourceTries == 0 {
 		c.sourceTries = sourceTries

@@ -45,7 +45,7 @@ func (a *agent) begin(m *agentv1.Assign) *attempt {
 		cancel: make(chan cancelRequest, 1), ended: make(chan struct{}),
 	}
 	ctx, broken := context.WithCancelCause(a.jobCtx)
-	att.journal = newJournal(a.cfg.spoolDir(), a.maxBatch, m.GetJobSpec().GetLimits().GetLogBytes(),
+	att.journal = newJournal(a.cfg.spoolDir(), a.cfg.spoolMemory, a.maxBatch, m.GetJobSpec().GetLimits().GetLogBytes(),
 		func(err error) { broken(&infraError{err}) })
 	j := &job{
 		a: a, spec: m.GetJobSpec(), journal: att.journal, cancel: att.cancel, trace: m.GetTraceContext(),
@@ -126,7 +126,7 @@ const (
 // infraError as the cause the end is still reported.
 func (j *job) run(ctx context.Context) {
 	j.log.Info("job starts", "steps", len(j.spec.GetSteps()))
-	j.procs = newProcesses(j.log, j.a.machineID, j.a.cfg.Dedicated)
+	j.procs = newProcesses(j.log, j.a.machineID, j.a.cfg.Dedicated, j.a.adopts)
 	j.grace = orDefault(j.spec.GetLimits().GetCancelGrace().AsDuration(), defaultGrace)
 
 	w := j.watch(ctx)

@@ -262,8 +262,8 @@ func TestStepFiles(t *testing.T) {
 		`(printf a=; head -c 200000 /dev/zero | tr '\0' x) >"$SOLSTICE_OUTPUT"`: "larger than",
 		`echo SOLSTICE_X=1 >"$SOLSTICE_ENV"`:                                    "reserved",
 		`echo relative >"$SOLSTICE_PATH"`:                                       "absolute",
-		`rm "$SOLSTICE_ENV"; mkfifo "$SOLSTICE_ENV"`:                            "regular",
-		`rm "$SOLSTICE_ENV"; ln -s /dev/zero "$SOLSTICE_ENV"`:                   "SOLSTICE_ENV",
+		`rm -f "$SOLSTICE_ENV"; mkfifo "$SOLSTICE_ENV"`:                         "regular",
+		`rm -f "$SOLSTICE_ENV"; ln -s /dev/zero "$SOLSTICE_ENV"`:                "SOLSTICE_ENV",
 	} {
 		t.Run(run, func(t *testing.T) {
 			s := newServer(t)

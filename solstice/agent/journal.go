@@ -50,9 +50,10 @@ type journal struct {
 	failed   bool
 }
 
-// newJournal begins a journal in dir. Should the disk refuse, the journal goes
+// newJournal begins a journal, of which room bytes are kept in memory and the
+// rest in dir. Should the disk refuse, the journal goes
 // on in memory, keeps no log, and onError is called.
-func newJournal(dir string, maxBatch int, quota int64, onError func(error)) *journal {
+func newJournal(dir string, room, maxBatch int, quota int64, onError func(error)) *journal {
 	if quota <= 0 {
 		quota = defaultLogBytes
 	}
@@ -67,7 +68,7 @@ func newJournal(dir string, maxBatch int, quota int64, onError func(error)) *jou
 	if maxBatch <= 0 {
 		j.maxBatch = defaultMaxBatch
 	}
-	s, err := newSpool(dir)
+	s, err := newSpool(dir, room)
 	s.err = err
 	j.spool = s
 	if err != nil {

@@ -148,10 +148,13 @@ func TestPartialLine(t *testing.T) {
 func TestSpoolFails(t *testing.T) {
 	s := newServer(t)
 	s.spec = jobOf(
-		script(`rm -rf "${SOLSTICE_OUTPUT%/*}/../journal"; head -c 20000000 /dev/zero | tr '\0' z; sleep 1000`),
+		script(`: > "${SOLSTICE_OUTPUT%/*}/../journal"; head -c 20000000 /dev/zero | tr '\0' z; sleep 1000`),
 		when("always()", script("echo unwanted")),
 	)
-	f := s.run()
+	cfg := s.config()
+	cfg.SetSpoolMemory(100)
+	must(t, s.runConfig(cfg))
+	f := s.verdict()
 	checkResult(t, f, failed, classInfra)
 	checkSteps(t, s, cancelled, skipped)
 	if tr := s.truncated(); tr.GetFrom() != f.GetLogSize() || !strings.Contains(tr.GetReason(), "spool") {

@@ -20,11 +20,14 @@ const machineVar = "SOLSTICE_MACHINE_ID"
 // be killed (in an uninterruptible system call) must not hang the agent.
 const killTimeout = 30 * time.Second
 
-// becomeReaper makes this process the parent of its orphaned descendants.
-func becomeReaper(log *slog.Logger) {
-	if err := proctree.SetSubreaper(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+// becomeReaper makes this process the parent of its orphaned descendants, and
+// says whether it is.
+func becomeReaper(log *slog.Logger) bool {
+	err := proctree.SetSubreaper()
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		log.Warn("cannot adopt orphans; processes that leave their session are found by their environment only", "error", err)
 	}
+	return err == nil
 }
 
 // processes are those of one job.
@@ -32,14 +35,15 @@ type processes struct {
 	log       *slog.Logger
 	marker    string
 	dedicated bool
+	adopts    bool // orphans of the job are children of this process
 	reaper    proctree.Reaper
 	discards  sync.WaitGroup
 	pipes     []*os.File // of leftovers, being discarded
 	running   []proctree.ID
 }
 
-func newProcesses(log *slog.Logger, machineID string, dedicated bool) *processes {
-	return &processes{log: log, marker: machineVar + "=" + machineID, dedicated: dedicated}
+func newProcesses(log *slog.Logger, machineID string, dedicated, adopts bool) *processes {
+	return &processes{log: log, marker: machineVar + "=" + machineID, dedicated: dedicated, adopts: adopts}
 }
 
 // process is a running step, leader of its session.
@@ -161,6 +165,10 @@ func (ps *processes) own() *proctree.Reaper {
 
 // killAll ends everything that the job started and closes what it held.
 func (ps *processes) killAll() {
+	if ps.adopts && proctree.Childless() {
+		ps.forget() // as after most jobs; a hunt reads the whole process table
+		return
+	}
 	t := proctree.Target{Marker: ps.marker, Reaper: ps.own()}
 	if ps.dedicated {
 		if self, err := proctree.Self(); err == nil {
@@ -175,6 +183,10 @@ func (ps *processes) killAll() {
 			_ = syscall.Kill(-id.PID, syscall.SIGKILL)
 		}
 	}
+	ps.forget()
+}
+
+func (ps *processes) forget() {
 	closeAll(ps.pipes...)
 	ps.discards.Wait()
 	ps.pipes, ps.running = nil, nil

@@ -10,15 +10,21 @@ import (
 	"path/filepath"
 )
 
-// A spool is a directory of segment files, named after the first record in
-// them. A record is its length and CRC-32C (little endian, 4 bytes each) and
-// its bytes; records are numbered consecutively from 1. Nothing is synced: the
-// spool only has to outlive connections, not the machine.
+// A spool holds records, numbered consecutively from 1, until they are released:
+// the first few MiB in memory, which is enough as long as the server keeps up,
+// and what comes while that is full in a directory of segment files, named
+// after the first record in them. There a record is its length and CRC-32C
+// (little endian, 4 bytes each) and its bytes. Nothing is synced: the spool only
+// has to outlive connections, not the machine.
 //
 // When the disk fails the spool goes on in memory for the few records that
 // must not be lost (see append). It is not safe for concurrent use.
 type spool struct {
 	dir      string
+	memory   [][]byte  // the oldest records, before those on disk
+	inMemory int64     // number of the last record in memory
+	bytes    int       // in memory
+	room     int       // bound of bytes
 	segments []segment // oldest first; the last one is written to
 	out      *os.File  // of the last segment
 	last     int64     // number of the last record
@@ -35,6 +41,7 @@ type segment struct {
 }
 
 const (
+	memoryBytes     = windowBytes // more cannot be on its way
 	segmentBytes    = 4 << 20
 	recordHeader    = 8
 	maxRecord       = 64 << 20 // more than any event that gRPC would carry
@@ -47,13 +54,11 @@ var (
 	errCorrupt = errors.New("agent: journal spool is corrupt")
 )
 
-// newSpool makes dir anew.
-func newSpool(dir string) (*spool, error) {
-	s := &spool{dir: dir}
+// newSpool makes an empty spool that keeps room bytes in memory; what an earlier
+// one left in dir goes.
+func newSpool(dir string, room int) (*spool, error) {
+	s := &spool{dir: dir, room: room}
 	if err := os.RemoveAll(dir); err != nil {
-		return s, fmt.Errorf("agent: spool: %w", err)
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return s, fmt.Errorf("agent: spool: %w", err)
 	}
 	return s, nil
@@ -63,9 +68,15 @@ func (s *spool) path(first int64) string {
 	return filepath.Join(s.dir, fmt.Sprintf("%016d.seg", first))
 }
 
-// append adds a record. The error is the disk's: the record was kept in memory
+// append adds a record, which is the spool's from then on. The error is the disk's: the record was kept in memory
 // nevertheless if it is vital, and is lost otherwise.
 func (s *spool) append(rec []byte, vital bool) error {
+	if len(s.segments)+len(s.overflow) == 0 && s.bytes+len(rec) <= s.room {
+		s.last++
+		s.memory = append(s.memory, rec)
+		s.inMemory, s.bytes = s.last, s.bytes+len(rec)
+		return nil
+	}
 	if s.err == nil {
 		s.err = s.write(rec)
 	}
@@ -89,6 +100,11 @@ func (s *spool) write(rec []byte) error {
 				return fmt.Errorf("agent: spool: %w", err)
 			}
 			s.out = nil
+		}
+		if n == 0 {
+			if err := os.MkdirAll(s.dir, 0o700); err != nil {
+				return fmt.Errorf("agent: spool: %w", err)
+			}
 		}
 		f, err := os.OpenFile(s.path(s.last+1), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
@@ -141,11 +157,24 @@ func readRecord(r io.ReaderAt, off, limit int64, buf []byte) (rec []byte, next i
 }
 
 // release forgets the records up to seq. Segments go when all of their records
-// are, but for the one being written to.
+// are, the one being written to when nothing is left.
 func (s *spool) release(seq int64) {
 	s.dropped = max(s.dropped, min(seq, s.last))
+	for len(s.memory) > 0 && s.inMemory-int64(len(s.memory)) < s.dropped {
+		s.bytes -= len(s.memory[0])
+		s.memory[0] = nil
+		s.memory = s.memory[1:]
+	}
+	if s.dropped == s.last && s.err == nil && s.out != nil {
+		_ = s.out.Close()
+		s.out = nil
+		for _, seg := range s.segments {
+			_ = os.Remove(s.path(seg.first)) // the directory goes at the end anyway
+		}
+		s.segments = nil
+	}
 	for len(s.segments) > 1 && s.segments[1].first-1 <= s.dropped {
-		_ = os.Remove(s.path(s.segments[0].first)) // the directory goes at the end anyway
+		_ = os.Remove(s.path(s.segments[0].first)) // as above
 		s.segments = s.segments[1:]
 	}
 }
@@ -178,6 +207,11 @@ func (c *cursor) next() (seq int64, rec []byte, err error) {
 	c.seq = max(c.seq, s.dropped)
 	if c.seq >= s.last {
 		return 0, nil, nil
+	}
+	if c.seq < s.inMemory {
+		rec := s.memory[int64(len(s.memory))-(s.inMemory-c.seq)]
+		c.seq++
+		return c.seq, rec, nil
 	}
 	if c.seq >= s.onDisk {
 		rec := s.overflow[int64(len(s.overflow))-(s.last-c.seq)]

@@ -191,10 +191,7 @@ func (s *scriptStep) wellKnown() error {
 		}
 	}
 	for name, ext := range map[string]string{"SOLSTICE_OUTPUT": ".output", "SOLSTICE_ENV": ".env", "SOLSTICE_PATH": ".path"} {
-		s.env[name] = s.file(ext)
-		if err := os.WriteFile(s.env[name], nil, 0o600); err != nil {
-			return infra(err)
-		}
+		s.env[name] = s.file(ext) // made by the step, if it has something to say
 	}
 	return nil
 }

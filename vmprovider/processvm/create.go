@@ -136,12 +136,12 @@ func (p *Provider) build(ctx context.Context, rec record, b vmprovider.Bootstrap
 		return rec, false, errors.Join(err, removeTree(context.WithoutCancel(ctx), p.root, staging))
 	}
 	p.cfg.failpoint("named")
-	proc, err := p.start(rec)
+	proc, contained, err := p.start(rec)
 	if err != nil {
 		return rec, true, err
 	}
 	p.cfg.failpoint("started")
-	rec.Process = &proc
+	rec.Process, rec.Contained = &proc, contained
 	if err := p.saveStatus(rec); err != nil {
 		// Another process has removed the directory, perhaps without having
 		// seen the agent; and destroy finds nothing to do.
@@ -172,8 +172,6 @@ func (p *Provider) stage(ctx context.Context, staging string, rec record, b vmpr
 		{"intent", func() error { return p.writeIntent(staging, rec) }},
 		{"bootstrap", func() error { return p.root.WriteFile(filepath.Join(staging, bootstrapFile), bootstrap, 0o600) }},
 		{"console", func() error { return p.root.WriteFile(filepath.Join(staging, consoleFile), nil, 0o600) }},
-		{"state", func() error { return p.root.Mkdir(filepath.Join(staging, stateDir), 0o700) }},
-		{"work", func() error { return p.root.Mkdir(filepath.Join(staging, workDir), 0o700) }},
 		{"", func() error { return p.root.Rename(staging, rec.ID) }},
 	}
 	for _, s := range steps {
@@ -191,11 +189,12 @@ func (p *Provider) stage(ctx context.Context, staging string, rec record, b vmpr
 	return nil
 }
 
-// start starts the agent in a session of its own, in its cgroup if that works.
-func (p *Provider) start(rec record) (proctree.ID, error) {
+// start starts the agent in a session of its own, in its cgroup (contained) if
+// that works.
+func (p *Provider) start(rec record) (_ proctree.ID, contained bool, err error) {
 	console, err := p.root.OpenFile(filepath.Join(rec.ID, consoleFile), os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
-		return proctree.ID{}, err
+		return proctree.ID{}, false, err
 	}
 	defer console.Close()
 	command := func() *exec.Cmd {
@@ -206,24 +205,27 @@ func (p *Provider) start(rec record) (proctree.ID, error) {
 		}
 	}
 	cmd := command()
-	if rec.Cgroup == "" {
-		err = cmd.Start()
-	} else if err = p.startInCgroup(rec, cmd); err != nil {
-		// Forbidden, or no clone3: hold it together without.
-		p.log.Debug("no cgroup for a machine", "machine", rec.ID, "error", err)
-		cmd = command()
+	if rec.Cgroup != "" {
+		if err = p.startInCgroup(rec, cmd); err != nil {
+			// Forbidden, or no clone3: hold it together without.
+			p.log.Debug("no cgroup for a machine", "machine", rec.ID, "error", err)
+			cmd = command()
+		}
+		contained = err == nil
+	}
+	if !contained {
 		err = cmd.Start()
 	}
 	if err != nil {
-		return proctree.ID{}, fmt.Errorf("start the agent: %w", err)
+		return proctree.ID{}, false, fmt.Errorf("start the agent: %w", err)
 	}
 	// A child stays in the table until it is waited for, so this is it.
 	proc, err := proctree.Lookup(cmd.Process.Pid)
 	if err != nil {
-		return proctree.ID{}, errors.Join(err, cmd.Process.Kill(), cmd.Wait())
+		return proctree.ID{}, false, errors.Join(err, cmd.Process.Kill(), cmd.Wait())
 	}
 	// From now on it is treated like one that was found: see reap.
-	return proc.ID, cmd.Process.Release()
+	return proc.ID, contained, cmd.Process.Release()
 }
 
 func (p *Provider) startInCgroup(rec record, cmd *exec.Cmd) error {

@@ -108,7 +108,7 @@ func (p *Provider) kill(ctx context.Context, rec record) error {
 		cg, err := proctree.OpenCgroup(path)
 		switch {
 		case err == nil:
-			t.Cgroup = cg
+			t.Cgroup, t.Contained = cg, rec.Contained
 		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errors.ErrUnsupported):
 			errs = append(errs, err)
 		}

@@ -60,6 +60,7 @@ func fakeAgent(file string) {
 	must(err)
 	var boot BootstrapFile
 	must(json.Unmarshal(b, &boot))
+	must(os.Mkdir(boot.WorkDir, 0o700))
 	switch boot.Hostname {
 	case "exit":
 		fmt.Println("bye")

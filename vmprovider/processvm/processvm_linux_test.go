@@ -57,7 +57,7 @@ func TestFiles(t *testing.T) {
 	awaitConsole(t, p, id, fmt.Sprintf("[%q]\n", MarkerVariable+"="+id))
 	dir := filepath.Join(root, id)
 	for name, mode := range map[string]os.FileMode{
-		"": 0o700, bootstrapFile: 0o600, recordFile: 0o600, statusFile: 0o600, consoleFile: 0o600, stateDir: 0o700, workDir: 0o700,
+		"": 0o700, bootstrapFile: 0o600, recordFile: 0o600, statusFile: 0o600, consoleFile: 0o600,
 	} {
 		fi, err := os.Stat(filepath.Join(dir, name))
 		ok(t, err)
@@ -141,7 +141,7 @@ func TestKilledOrchestrator(t *testing.T) {
 	exe, err := os.Executable()
 	ok(t, err)
 	points := []string{
-		"begun", "intent", "bootstrap", "console", "state", "work", "named", "cgroup", "started", "recorded",
+		"begun", "intent", "bootstrap", "console", "named", "cgroup", "started", "recorded",
 		"destroying", "killed", "emptied", "unnamed",
 	}
 	for _, mode := range []string{"cgroup", "descent"} {
@@ -317,7 +317,7 @@ func TestCreateFailsCleanly(t *testing.T) {
 
 // TestInterruptedCreate interrupts Create at every step, by its context.
 func TestInterruptedCreate(t *testing.T) {
-	for _, point := range []string{"begun", "intent", "bootstrap", "console", "state", "work", "named", "started", "recorded"} {
+	for _, point := range []string{"begun", "intent", "bootstrap", "console", "named", "started", "recorded"} {
 		t.Run(point, func(t *testing.T) {
 			root := t.TempDir()
 			ctx, cancel := context.WithCancel(testContext(t))

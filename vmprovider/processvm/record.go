@@ -3,6 +3,7 @@
 package processvm
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -41,9 +42,9 @@ type BootstrapFile struct {
 	vmprovider.Bootstrap
 	// Env is the base environment of workflow steps; nothing else is passed on.
 	Env map[string]string `json:"env"`
-	// StateDir is an empty directory for what the agent keeps for itself.
+	// StateDir is the directory that the agent makes for what it keeps itself.
 	StateDir string `json:"state_dir"`
-	// WorkDir is an empty directory for the job's files.
+	// WorkDir is the directory that the agent makes for the job's files.
 	WorkDir string `json:"work_dir"`
 }
 
@@ -66,11 +67,13 @@ type intent struct {
 	Cgroup string `json:"cgroup,omitempty"`
 }
 
-// status is what status.json says, replaced as things happen. If a crash of the
-// host loses it, nothing runs any more anyway.
+// status is what the last line of status.json says; a line is added as things
+// happen. If a crash of the host loses it, nothing runs any more anyway.
 type status struct {
 	// Process is the agent's, once it was started.
 	Process *proctree.ID `json:"process,omitempty"`
+	// Contained says that it was started inside Cgroup.
+	Contained bool `json:"contained,omitempty"`
 	// Exit says how the process ended, once that is known.
 	Exit string `json:"exit,omitempty"`
 	// Destroying is why the machine is of no use any more.
@@ -117,8 +120,11 @@ func (p *Provider) load(id string) (record, error) {
 		return record{intent: intent{ID: id}}, errors.New("damaged record")
 	}
 	b, err = p.root.ReadFile(filepath.Join(id, statusFile))
-	if err == nil && json.Unmarshal(b, &r.status) != nil {
-		r.status = status{}
+	for line := range bytes.Lines(b) {
+		var s status
+		if json.Unmarshal(line, &s) == nil { // the last one may not be whole yet
+			r.status = s
+		}
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return r, fmt.Errorf("unreadable status: %w", err)
@@ -140,18 +146,19 @@ func (p *Provider) writeIntent(dir string, r record) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-// saveStatus replaces the status of a machine. It fails where its directory is
-// gone.
+// saveStatus adds the status of a machine to what was said before, which costs
+// no new file. It fails where its directory is gone.
 func (p *Provider) saveStatus(r record) error {
 	b, err := json.Marshal(r.status)
 	if err != nil {
 		return err
 	}
-	name := filepath.Join(r.ID, statusFile)
-	if err := p.root.WriteFile(name+".tmp", b, 0o600); err != nil {
+	f, err := p.root.OpenFile(filepath.Join(r.ID, statusFile), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
 		return err
 	}
-	return p.root.Rename(name+".tmp", name)
+	_, err = f.Write(append(b, '\n'))
+	return errors.Join(err, f.Close())
 }
 
 // names is the content of Root.

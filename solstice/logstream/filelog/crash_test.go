@@ -103,8 +103,8 @@ func TestCrash(t *testing.T) {
 			t.Fatal(err)
 		}
 		// The files are lost, cut, or hold garbage.
-		for _, path := range []string{"a/kept~log", "a/kept~idx", "b~log", "b~idx"} {
-			path = filepath.Join(dir, streamsDir, path)
+		for _, path := range []string{pathOf("a/kept") + dataSuffix, pathOf("a/kept") + indexSuffix, pathOf("b") + dataSuffix, pathOf("b") + indexSuffix} {
+			path = filepath.Join(dir, path)
 			garbage := make([]byte, rnd.IntN(60))
 			for i := range garbage {
 				garbage[i] = byte(rnd.Uint32())
@@ -241,7 +241,7 @@ func TestDamagedIndexIsAnError(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(dir, streamsDir, "a"+indexSuffix)
+	path := filepath.Join(dir, pathOf("a")+indexSuffix)
 	whole, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -326,7 +326,7 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 	var left []string
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if rel, _ := filepath.Rel(dir, path); rel != "." {
+		if rel, _ := filepath.Rel(dir, path); rel != "." && filepath.Dir(rel) != streamsDir { // the directories stay
 			left = append(left, rel)
 		}
 		return err

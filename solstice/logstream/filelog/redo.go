@@ -214,17 +214,13 @@ func (fl *files) writeFile(f **os.File, path string, p []byte, at int64, recover
 	return nil
 }
 
-// remove deletes a stream's files and the directories that are empty then.
+// remove deletes a stream's files.
 func (fl *files) remove(path string) error {
 	fl.close(path)
 	for _, suffix := range []string{dataSuffix, indexSuffix} {
 		if err := fl.root.Remove(path + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-	}
-	dir := up(path)
-	for dir != streamsDir && fl.root.Remove(dir) == nil { // until one is in use
-		dir = up(dir)
 	}
 	return nil
 }

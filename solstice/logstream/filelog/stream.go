@@ -53,20 +53,34 @@ const (
 	streamsDir  = "streams"
 )
 
-// pathOf keeps streams apart where case is folded.
+// pathOf is where a stream's files are, without their suffix: flat, since a
+// directory costs as much as a file, in one of 256 directories that stay. Names
+// are kept apart where case is folded.
 func pathOf(name string) string {
+	sum := sha256.Sum256([]byte(name))
 	var b strings.Builder
-	b.WriteString(streamsDir + "/")
+	fmt.Fprintf(&b, "%s/%02x/", streamsDir, sum[0])
+	if len(name) > maxPlainName {
+		fmt.Fprintf(&b, "=%x", sum)
+		return b.String()
+	}
 	for i := range len(name) {
-		if c := name[i]; 'A' <= c && c <= 'Z' {
+		switch c := name[i]; {
+		case 'A' <= c && c <= 'Z':
 			b.WriteByte('+')
 			b.WriteByte(c + 'a' - 'A')
-		} else {
+		case c == '/':
+			b.WriteByte('=')
+		default:
 			b.WriteByte(c)
 		}
 	}
 	return b.String()
 }
+
+// maxPlainName is the longest name that is a file's name as well, which may
+// have 255 bytes: twice as many for capitals, and the suffix.
+const maxPlainName = 120
 
 // maxIdle is how many unsealed streams nobody uses are remembered, which saves
 // hashing them again at their seal.

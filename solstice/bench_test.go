@@ -1,0 +1,218 @@
+package solstice_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/selfca"
+	"github.com/solstice-ci/solstice-go/solstice"
+	"github.com/solstice-ci/solstice-go/solstice/agent"
+	"github.com/solstice-ci/solstice-go/solstice/api/agentv1"
+	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
+)
+
+// bareArg makes the test binary a bare agent: the floor under what a job costs.
+const bareArg = "__solstice-test-bare-agent"
+
+const trivial = "checkout: false\njobs:\n  hi:\n    steps:\n      - run: echo hi\n"
+
+// bareServer is what a bare agent talks to: TLS and a stream, nothing durable.
+type bareServer struct {
+	agentv1.UnimplementedAgentServiceServer
+}
+
+func (bareServer) Attach(s grpc.BidiStreamingServer[agentv1.AttachRequest, agentv1.AttachResponse]) error {
+	if _, err := s.Recv(); err != nil {
+		return err
+	}
+	if err := s.Send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Assign{Assign: &agentv1.Assign{AttemptId: "a"}}}); err != nil {
+		return err
+	}
+	m, err := s.Recv()
+	if err != nil {
+		return err
+	}
+	return s.Send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Ack{Ack: &agentv1.Ack{Seq: int64(len(m.GetEvents().GetEvents()))}}})
+}
+
+type bareConfig struct {
+	Addr string
+	CA   []byte
+}
+
+// bareAgent connects, gets a job, runs sh and sends its output.
+func bareAgent(file string) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	var c bareConfig
+	if err := json.Unmarshal(b, &c); err != nil {
+		return err
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(c.CA)
+	conn, err := grpc.NewClient(c.Addr, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{
+		RootCAs: pool, ServerName: agent.ServerName, MinVersion: tls.VersionTLS13,
+	})))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx := context.Background()
+	s, err := agentv1.NewAgentServiceClient(conn).Attach(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.Send(&agentv1.AttachRequest{Msg: &agentv1.AttachRequest_Hello{Hello: &agentv1.Hello{}}}); err != nil {
+		return err
+	}
+	if _, err := s.Recv(); err != nil {
+		return err
+	}
+	out, err := exec.CommandContext(ctx, "/bin/sh", "-c", "echo hi").Output()
+	if err != nil {
+		return err
+	}
+	events := &agentv1.EventBatch{Events: []*agentv1.Event{{Seq: 1, Event: &agentv1.Event_Log{Log: &agentv1.Log{Data: out}}}}}
+	if err := s.Send(&agentv1.AttachRequest{Msg: &agentv1.AttachRequest_Events{Events: events}}); err != nil {
+		return err
+	}
+	_, err = s.Recv()
+	return err
+}
+
+// bareJobs runs n bare agents, at most width at once.
+func bareJobs(b *testing.B, addr string, ca []byte, n, width int) time.Duration {
+	b.Helper()
+	file := filepath.Join(b.TempDir(), "bare.json")
+	cfg, err := json.Marshal(bareConfig{addr, ca})
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := os.WriteFile(file, cfg, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		b.Fatal(err)
+	}
+	return parallel(b, n, width, func() error { return exec.Command(exe, bareArg, file).Run() })
+}
+
+func parallel(b *testing.B, n, width int, f func() error) time.Duration {
+	b.Helper()
+	work := make(chan struct{}, n)
+	for range n {
+		work <- struct{}{}
+	}
+	close(work)
+	start := time.Now()
+	var wg sync.WaitGroup
+	for range min(n, width) {
+		wg.Go(func() {
+			for range work {
+				if err := f(); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return time.Since(start)
+}
+
+func startBareServer(b *testing.B) (string, []byte) {
+	b.Helper()
+	ca, err := selfca.New(agent.ServerName)
+	if err != nil {
+		b.Fatal(err)
+	}
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	g := grpc.NewServer(grpc.Creds(credentials.NewTLS(ca.ServerConfig())))
+	agentv1.RegisterAgentServiceServer(g, bareServer{})
+	go func() { _ = g.Serve(lis) }()
+	b.Cleanup(g.Stop)
+	return lis.Addr().String(), ca.PEM()
+}
+
+// benchPlant is an engine as the embedded daemon has it: SQLite, its queue, its
+// logs, the process pool, with production's clocks.
+func benchPlant(b *testing.B, slots int, edit ...func(*solstice.Config)) (*solstice.Engine, string) {
+	b.Helper()
+	dir := b.TempDir()
+	p := newPlant(b, "sqlite:"+filepath.Join(dir, "solstice.db"))
+	p.Timing, p.Capacity = solstice.Timing{}, slots
+	logs, err := filelog.Open(filepath.Join(dir, "logs"), filelog.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = logs.Close() })
+	eng, _ := p.start(b, append([]func(*solstice.Config){quiet, func(c *solstice.Config) { c.Logs = logs }}, edit...)...)
+	return eng, p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
+}
+
+func quiet(c *solstice.Config) { c.Logger = nil }
+
+func submitTrivial(b *testing.B, eng *solstice.Engine, commit string) solstice.Run {
+	b.Helper()
+	runs, err := eng.Submit(b.Context(), solstice.RunRequest{Repo: forge.Repo{Name: "repo"}, Commit: commit, Ref: "refs/heads/main"})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return runs[0]
+}
+
+// engineJobs submits n runs of one trivial job and waits for all of them.
+func engineJobs(b *testing.B, eng *solstice.Engine, commit string, n, width int) time.Duration {
+	b.Helper()
+	return parallel(b, n, width, func() error {
+		run := submitTrivial(b, eng, commit)
+		var last solstice.Run
+		for r, err := range eng.Watch(b.Context(), run.ID) {
+			if err != nil {
+				return err
+			}
+			last = r
+		}
+		if last.State != solstice.RunSucceeded {
+			return fmt.Errorf("run %s is %s: %s", last.ID, last.State, last.Reason)
+		}
+		return nil
+	})
+}
+
+// BenchmarkTrivialJobs compares jobs per second, an agent process each, with
+// bare agent processes of the same binary, in turns.
+func BenchmarkTrivialJobs(b *testing.B) {
+	const slots, round = 64, 128
+	addr, ca := startBareServer(b)
+	eng, commit := benchPlant(b, slots)
+	var bare, ours time.Duration
+	b.ResetTimer()
+	for range b.N {
+		bare += bareJobs(b, addr, ca, round, slots)
+		ours += engineJobs(b, eng, commit, round, slots)
+	}
+	n := float64(b.N * round)
+	b.ReportMetric(n/bare.Seconds(), "bare/s")
+	b.ReportMetric(n/ours.Seconds(), "jobs/s")
+	b.ReportMetric(bare.Seconds()/ours.Seconds(), "x-bare")
+}
