@@ -165,11 +165,11 @@ func benchPlant(b *testing.B, slots int, edit ...func(*solstice.Config)) (*solst
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = logs.Close() })
-	eng, _ := p.start(b, append([]func(*solstice.Config){quiet, func(c *solstice.Config) { c.Logs = logs }}, edit...)...)
+	eng, _ := p.start(b, append([]func(*solstice.Config){silent, func(c *solstice.Config) { c.Logs = logs }}, edit...)...)
 	return eng, p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
 }
 
-func quiet(c *solstice.Config) { c.Logger = nil }
+func silent(c *solstice.Config) { c.Logger = nil }
 
 func submitTrivial(b *testing.B, eng *solstice.Engine, commit string) solstice.Run {
 	b.Helper()

@@ -11,10 +11,15 @@ import (
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
 
+// renewal is how often leases are renewed and contacts noted.
+func (e *Engine) renewal() time.Duration {
+	return min(e.cfg.Timing.Lease, e.cfg.Timing.AgentDeadline) / 3
+}
+
 // renewLoop keeps what this engine owns. A session whose attempt is another's
 // by now is ended, so that it stops writing; the fence would refuse it anyhow.
 func (e *Engine) renewLoop(ctx context.Context) {
-	tick := time.NewTicker(min(e.cfg.Timing.Lease, e.cfg.Timing.AgentDeadline) / 3)
+	tick := time.NewTicker(e.renewal())
 	defer tick.Stop()
 	for {
 		select {
@@ -73,21 +78,13 @@ func (e *Engine) inContact() (attempts, machines []string) {
 func (e *Engine) reapLoop(ctx context.Context) {
 	tick := time.NewTicker(e.cfg.Timing.Tick)
 	defer tick.Stop()
-	var outage bool
-	var quietUntil, trippedAt time.Time
+	r := reaper{e: e, suspects: map[string]suspect{}, readAt: time.Now().Round(0)}
 	for {
-		if err := e.sweep(ctx, &quietUntil, &trippedAt); err != nil {
+		if err := r.sweep(ctx); err != nil {
 			if ctx.Err() != nil {
 				return
 			}
-			outage = true
 			e.log.WarnContext(ctx, "sweep failed", "error", err)
-		} else if outage {
-			// While the state was away no agent's contact could be recorded:
-			// give all of them the time to show up again.
-			outage = false
-			quietUntil = time.Now().Add(e.cfg.Timing.AgentDeadline)
-			e.log.WarnContext(ctx, "state is back: nothing is given up for one agent deadline", "until", quietUntil)
 		}
 		select {
 		case <-ctx.Done():
@@ -97,20 +94,69 @@ func (e *Engine) reapLoop(ctx context.Context) {
 	}
 }
 
-func (e *Engine) sweep(ctx context.Context, quietUntil, trippedAt *time.Time) error {
-	t := e.cfg.Timing
-	due, err := e.store.Overdue(ctx, t.AgentDeadline+t.DeadlineMargin)
-	if err != nil {
-		return err
-	}
-	live, err := e.store.LiveAttempts(ctx)
-	if err != nil {
-		return err
-	}
-	if time.Now().After(*quietUntil) && !e.tripped(len(due.Lost), len(live), trippedAt) {
-		for _, a := range due.Lost {
-			e.lose(ctx, a, ClassAgentLost, "its agent was not heard of for "+(t.AgentDeadline+t.DeadlineMargin).String(), "")
+// reaper is what the sweeps of an engine remember.
+type reaper struct {
+	e          *Engine
+	suspects   map[string]suspect // attempts whose agents seem dead
+	readAt     time.Time          // of the last good look at the state, by the wall clock
+	quietUntil time.Time          // nothing is given up before
+	trippedAt  time.Time          // when the breaker tripped; zero: it did not
+}
+
+// suspect is an attempt that was overdue, and since when it is for us.
+type suspect struct {
+	contact int64
+	since   time.Time
+}
+
+// look reads what is overdue, in a bounded time.
+func (r *reaper) look(ctx context.Context) (store.Due, error) {
+	t := r.e.cfg.Timing
+	ctx, cancel := context.WithTimeout(ctx, t.Lease)
+	defer cancel()
+	return r.e.store.Overdue(ctx, t.AgentDeadline+t.DeadlineMargin)
+}
+
+// lost says which of the overdue attempts are to be given up now. They have to
+// be overdue for as long as it takes every engine to renew what it has, so that
+// neither a clock that jumps nor a stale reading of the state ends a job.
+func (r *reaper) lost(overdue []*store.Attempt, live int) []*store.Attempt {
+	e, now := r.e, time.Now()
+	before := r.suspects
+	r.suspects = map[string]suspect{}
+	var out []*store.Attempt
+	for _, a := range overdue {
+		s, ok := before[a.ID]
+		if !ok || s.contact != a.ContactAt {
+			s = suspect{a.ContactAt, now}
 		}
+		r.suspects[a.ID] = s
+		if now.Sub(s.since) >= 2*e.renewal() {
+			out = append(out, a)
+		}
+	}
+	tripped := e.tripped(len(overdue), live, &r.trippedAt)
+	if tripped || now.Before(r.quietUntil) {
+		return nil
+	}
+	return out
+}
+
+func (r *reaper) sweep(ctx context.Context) error {
+	e, t := r.e, r.e.cfg.Timing
+	due, err := r.look(ctx)
+	if err != nil {
+		return err
+	}
+	// While the state was away, or this process stood still, no agent's contact
+	// could be recorded: give all of them the time to show up again.
+	if away := time.Now().Round(0).Sub(r.readAt); away > t.Lease+t.Tick {
+		r.quietUntil = time.Now().Add(t.AgentDeadline)
+		e.log.WarnContext(ctx, "state is back: nothing is given up for one agent deadline", "away", away, "until", r.quietUntil)
+	}
+	r.readAt = time.Now().Round(0)
+	for _, a := range r.lost(due.Lost, len(due.Live)) {
+		e.lose(ctx, a, ClassAgentLost, "its agent was not heard of for "+(t.AgentDeadline+t.DeadlineMargin).String(), "")
 	}
 	for _, m := range due.Boot {
 		e.bootFailed(ctx, m)
@@ -122,7 +168,7 @@ func (e *Engine) sweep(ctx context.Context, quietUntil, trippedAt *time.Time) er
 	if err != nil {
 		return err
 	}
-	for _, a := range live {
+	for _, a := range due.Live {
 		if a.CancelReason == "" {
 			continue
 		}

@@ -89,7 +89,7 @@ func TestOverdue(t *testing.T) {
 			for _, a := range d.TimedOut {
 				timedOut += a.ID
 			}
-			return lost, boot, timedOut, d.Live
+			return lost, boot, timedOut, len(d.Live)
 		}
 		lost, boot, over, live := due()
 		eq(t, "at once", lost+boot+over, "")

@@ -13,7 +13,7 @@ type Due struct {
 	Lost     []*Attempt // whose agents were not heard of for the deadline
 	Boot     []*Machine // still provisioning beyond BootBy
 	TimedOut []*Attempt // running beyond DeadlineAt
-	Live     int        // attempts assigned or running, for comparison
+	Live     []*Attempt // all that are assigned or running
 }
 
 // Overdue looks for attempts and machines that are overdue. deadline is how
@@ -29,7 +29,7 @@ func (s *Store) Overdue(ctx context.Context, deadline time.Duration) (Due, error
 	if err != nil {
 		return d, err
 	}
-	d.Live = len(live)
+	d.Live = live
 	for _, a := range live {
 		switch {
 		case a.ContactAt > 0 && a.ContactAt+micros(deadline) < now:

@@ -1,0 +1,507 @@
+package solstice_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/testenv"
+	"github.com/solstice-ci/solstice-go/solstice"
+	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
+	"github.com/solstice-ci/solstice-go/vmprovider"
+)
+
+// heardLog collects what an engine logs, to wait for a record.
+type heardLog struct {
+	testLog
+	mu  sync.Mutex
+	all bytes.Buffer
+}
+
+func (l *heardLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	l.all.Write(b)
+	l.mu.Unlock()
+	return l.testLog.Write(b)
+}
+
+func (l *heardLog) said(text string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Contains(l.all.String(), text)
+}
+
+func hear(t *testing.T) (*heardLog, func(*solstice.Config)) {
+	l := &heardLog{testLog: testLog{t: t}}
+	return l, func(c *solstice.Config) { c.Logger = slog.New(slog.NewTextHandler(l, nil)) }
+}
+
+// gated is a workflow of n jobs that say that they run, and end once the gate
+// is there.
+func gated(p *plant, n int) (workflow string, begun func() int, open func()) {
+	ids := make([]string, n)
+	for i := range ids {
+		ids[i] = fmt.Sprint(i)
+	}
+	gate := filepath.Join(p.Dir, "gate")
+	workflow = `
+checkout: false
+jobs:
+  a:
+    matrix: { n: [` + strings.Join(ids, ",") + `] }
+    steps:
+      - run: |
+          seq 1 1000
+          echo x >> ` + p.Dir + `/begun-${{ matrix.n }}
+          while [ ! -e ` + gate + ` ]; do sleep 0.05; done
+          seq 1001 2000
+`
+	begun = func() int {
+		all, _ := filepath.Glob(filepath.Join(p.Dir, "begun-*"))
+		return len(all)
+	}
+	return workflow, begun, func() { _ = os.WriteFile(gate, nil, 0o600) }
+}
+
+// quiet waits until all that the jobs of a gated run print before the gate is
+// stored.
+func quiet(t *testing.T, eng *solstice.Engine, r solstice.Run) {
+	t.Helper()
+	eventually(t, "the logs are stored", func() bool {
+		for _, j := range r.Jobs {
+			as, err := eng.Attempts(t.Context(), j.ID)
+			if err != nil || len(as) == 0 || as[0].LogSize < 3893 { // seq 1 1000
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// ranOnce checks that every job of a gated run succeeded in its only attempt.
+func ranOnce(t *testing.T, p *plant, eng *solstice.Engine, r solstice.Run) {
+	t.Helper()
+	var want strings.Builder
+	for i := 1; i <= 2000; i++ {
+		fmt.Fprintln(&want, i)
+	}
+	if r.State != solstice.RunSucceeded {
+		t.Errorf("run is %s: %s", r.State, r.Reason)
+	}
+	for i, j := range r.Jobs {
+		as, err := eng.Attempts(t.Context(), j.ID)
+		if err != nil || len(as) != 1 || as[0].State != solstice.AttemptFinished {
+			t.Errorf("%s: attempts %+v, %v", j.Name, as, err)
+		}
+		if b, err := os.ReadFile(filepath.Join(p.Dir, fmt.Sprintf("begun-%d", i))); err != nil || string(b) != "x\n" {
+			t.Errorf("%s ran %d times, %v", j.Name, len(b)/2, err)
+		}
+		if got := jobLog(t, eng, j.ID); got != want.String() {
+			t.Errorf("%s: log of %d bytes, want %d", j.Name, len(got), want.Len())
+		}
+	}
+}
+
+// TestDatabaseOutage takes the database away for longer than leases and the
+// agent deadline last, while jobs run: when it is back nothing is given up.
+func TestDatabaseOutage(t *testing.T) {
+	for name, away := range map[string]func(*testing.T, *testenv.PostgresServer) (back func()){
+		"killed":  func(t *testing.T, s *testenv.PostgresServer) func() { s.Kill(t); return func() { s.Start(t) } },
+		"stopped": func(t *testing.T, s *testenv.PostgresServer) func() { s.Pause(t); return func() { s.Resume(t) } },
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := testenv.StartPostgres(t)
+			p := newPlant(t, server.Database(t))
+			heard, log := hear(t)
+			eng, _ := p.start(t, log)
+			workflow, begun, open := gated(p, 3)
+			r := p.submit(t, eng, workflow)
+			eventually(t, "the jobs run", func() bool { return begun() == 3 })
+			// An agent that has something to say hears nothing until it is stored, and
+			// gives up after its deadline; one that is quiet is in contact.
+			quiet(t, eng, r)
+			back := away(t, server)
+			since := time.Now()
+			eventually(t, "the engine notices", func() bool { return heard.said("sweep failed") })
+			// The fault itself is that time passes.
+			eventually(t, "all leases and contacts are too old", func() bool {
+				return time.Since(since) > p.Timing.AgentDeadline+p.Timing.DeadlineMargin+time.Second
+			})
+			back()
+			eventually(t, "the engine notices that it was away", func() bool { return heard.said("state is back") })
+			open()
+			ranOnce(t, p, eng, finish(t, eng, r.ID))
+		})
+	}
+}
+
+// TestClockJump makes agents seem dead, as the database's clock does that jumps
+// by a day: nothing is given up.
+func TestClockJump(t *testing.T) {
+	testenv.Databases(t, func(t *testing.T, url string) {
+		p := newPlant(t, url)
+		eng, _ := p.start(t)
+		workflow, begun, open := gated(p, 3)
+		r := p.submit(t, eng, workflow)
+		eventually(t, "the jobs run", func() bool { return begun() == 3 })
+		db := p.openDB(t)
+		stale := func() int {
+			n, err := db.NewSelect().Table("attempts").Where("contact_at < ?", time.Now().Add(-time.Hour).UnixMicro()).Count(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return int(n)
+		}
+		for range 3 {
+			eventually(t, "the jump is there", func() bool {
+				// A deadlock with the engine's own writes is not the point here.
+				_, err := db.NewRaw("UPDATE attempts SET contact_at = contact_at - 86400000000").Exec(t.Context())
+				return err == nil
+			})
+			eventually(t, "all agents were heard of again", func() bool { return stale() == 0 })
+		}
+		open()
+		ranOnce(t, p, eng, finish(t, eng, r.ID))
+	})
+}
+
+// TestCircuitBreaker has all agents fall silent at once: they are given up one
+// deadline later than a single one would be, and their jobs run again.
+func TestCircuitBreaker(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("finds the agents' processes by /proc")
+	}
+	p := newPlant(t, testenv.SQLite(t))
+	p.Capacity = 5
+	p.Timing.AgentDeadline = 3 * time.Second
+	heard, log := hear(t)
+	eng, _ := p.start(t, log)
+	workflow, begun, open := gated(p, 5)
+	r := p.submit(t, eng, workflow)
+	eventually(t, "the jobs run", func() bool { return begun() == 5 })
+	for _, j := range r.Jobs {
+		as, err := eng.Attempts(t.Context(), j.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(agentPID(t, p, as[0].MachineID), syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the breaker trips", func() bool { return heard.said("too many agents seem dead at once") })
+	if heard.said("attempt lost") {
+		t.Error("an attempt was given up before the breaker tripped")
+	}
+	open()
+	r = finish(t, eng, r.ID)
+	if r.State != solstice.RunSucceeded {
+		t.Errorf("run is %s", r.State)
+	}
+	for _, j := range r.Jobs {
+		as, err := eng.Attempts(t.Context(), j.ID)
+		if err != nil || len(as) != 2 || as[0].Class != solstice.ClassAgentLost || as[1].State != solstice.AttemptFinished {
+			t.Errorf("%s: %+v, %v", j.Name, as, err)
+		}
+	}
+}
+
+// stuck is a provider that cannot be reached for destroying.
+type stuck struct {
+	fullOnce
+	stuck    atomic.Bool
+	refusals atomic.Int64
+}
+
+func (s *stuck) Destroy(ctx context.Context, id string, o vmprovider.DestroyOptions) error {
+	if s.stuck.Load() {
+		s.refusals.Add(1)
+		return errors.New("test: the hypervisor cannot be reached")
+	}
+	return s.Provider.Destroy(ctx, id, o)
+}
+
+// TestHold: a retry waits for the lost attempt's machine to be destroyed, for
+// at most HoldTimeout.
+func TestHold(t *testing.T) {
+	for name, timeout := range map[string]time.Duration{"destroyed": time.Hour, "timeout": 2 * time.Second} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlant(t, testenv.SQLite(t))
+			p.Timing.HoldTimeout = timeout
+			heard, log := hear(t)
+			prov := &stuck{}
+			prov.stuck.Store(true)
+			eng, _ := p.start(t, log, func(c *solstice.Config) {
+				prov.Provider = c.Pools[0].Provider
+				c.Pools[0].Provider = prov
+			})
+			workflow, begun, open := gated(p, 1)
+			r := p.submit(t, eng, workflow)
+			eventually(t, "the job runs", func() bool { return begun() == 1 })
+			first, err := eng.Attempts(t.Context(), r.Jobs[0].ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := syscall.Kill(agentPID(t, p, first[0].MachineID), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			open()
+			attempts := func() []solstice.Attempt {
+				as, err := eng.Attempts(t.Context(), r.Jobs[0].ID)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return as
+			}
+			eventually(t, "the provider refuses", func() bool { return prov.refusals.Load() > 2 })
+			if timeout < time.Minute {
+				eventually(t, "the retry begins all the same", func() bool { return len(attempts()) == 2 })
+				if !heard.said("retries begin though their old machines could not be destroyed") {
+					t.Error("the possible overlap is not said")
+				}
+			} else if n := len(attempts()); n != 1 {
+				t.Errorf("%d attempts while the old machine may still run", n)
+			}
+			prov.stuck.Store(false)
+			r = finish(t, eng, r.ID)
+			as := attempts()
+			if r.State != solstice.RunSucceeded || len(as) != 2 || as[0].Class != solstice.ClassAgentLost {
+				t.Errorf("run is %s, attempts: %+v", r.State, as)
+			}
+			eventually(t, "both machines are gone", func() bool { return len(machinesOf(t, prov)) == 0 })
+		})
+	}
+}
+
+// swallow is a proxy in front of PostgreSQL which now and then lets a COMMIT
+// through and cuts the connection before the answer.
+type swallow struct {
+	upstream, addr string
+	commits, cuts  atomic.Int64
+	every          int64
+}
+
+func newSwallow(t *testing.T, upstream string, every int64) *swallow {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &swallow{upstream: upstream, addr: l.Addr().String(), every: every}
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conns.Go(func() { s.serve(c) })
+		}
+	})
+	t.Cleanup(func() { _ = l.Close(); conns.Wait() })
+	return s
+}
+
+func (s *swallow) serve(client net.Conn) {
+	defer client.Close()
+	server, err := net.Dial("tcp", s.upstream)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	var deaf atomic.Bool
+	answered := make(chan struct{}, 1)
+	var back sync.WaitGroup
+	defer back.Wait()
+	back.Go(func() {
+		buf := make([]byte, 64<<10)
+		for {
+			n, err := server.Read(buf)
+			if err != nil {
+				_ = client.Close()
+				return
+			}
+			if deaf.Load() {
+				answered <- struct{}{}
+				return
+			}
+			if _, err := client.Write(buf[:n]); err != nil {
+				_ = server.Close()
+				return
+			}
+		}
+	})
+	// https://www.postgresql.org/docs/current/protocol-message-formats.html: the
+	// first message has no type, all others one byte of it before the length.
+	for first := true; ; first = false {
+		head := make([]byte, 5)
+		if first {
+			head = head[:4]
+		}
+		if _, err := io.ReadFull(client, head); err != nil {
+			_ = server.Close()
+			return
+		}
+		body := make([]byte, binary.BigEndian.Uint32(head[len(head)-4:])-4)
+		if _, err := io.ReadFull(client, body); err != nil {
+			_ = server.Close()
+			return
+		}
+		cut := !first && head[0] == 'Q' && strings.EqualFold(strings.TrimRight(string(body), "\x00; "), "commit") && s.commits.Add(1)%s.every == 0
+		deaf.Store(cut)
+		if _, err := server.Write(append(head, body...)); err != nil {
+			_ = client.Close()
+			return
+		}
+		if cut {
+			<-answered
+			s.cuts.Add(1)
+			_ = server.Close()
+			return
+		}
+	}
+}
+
+// TestCommitReplyLost: whoever does not learn whether its COMMIT succeeded looks
+// before it tries again.
+func TestCommitReplyLost(t *testing.T) {
+	direct, err := url.Parse(testenv.Postgres(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newPlant(t, direct.String())
+	p.Capacity = 6
+	proxy := newSwallow(t, direct.Host, 7)
+	through := *direct
+	through.Host = proxy.addr
+	p.DBURL = through.String()
+	eng, stop := p.start(t)
+	workflow, begun, open := gated(p, 6)
+	commit := p.commit(t, map[string]string{".solstice/workflow.yaml": workflow})
+	var r solstice.Run
+	for i := range 10 { // a client that repeats itself
+		eventually(t, "the run is accepted", func() bool {
+			runs, err := eng.Submit(t.Context(), solstice.RunRequest{Repo: forge.Repo{Name: "repo"}, Commit: commit, IdempotencyKey: "one"})
+			if err != nil {
+				t.Logf("submit: %v", err)
+				return false
+			}
+			if i > 0 && runs[0].ID != r.ID {
+				t.Fatalf("a second run %s beside %s", runs[0].ID, r.ID)
+			}
+			r = runs[0]
+			return true
+		})
+	}
+	eventually(t, "the jobs run", func() bool { return begun() == 6 })
+	open()
+	eventually(t, "the run is over", func() bool {
+		now, err := eng.GetRun(t.Context(), r.ID)
+		if err != nil {
+			return false
+		}
+		r = now
+		return r.State.Terminal()
+	})
+	stop()
+	p.DBURL = direct.String()
+	p.destroyAll(t) // of which the engine may not have learned in time
+	eng, _ = p.start(t)
+	ranOnce(t, p, eng, r)
+	if proxy.cuts.Load() == 0 {
+		t.Error("no reply was swallowed")
+	}
+	t.Logf("%d of %d replies to COMMIT were swallowed", proxy.cuts.Load(), proxy.commits.Load())
+}
+
+// TestDiskFull fills the file system that logs are on: what was acknowledged
+// stays, and the job's log is whole once there is room again.
+func TestDiskFull(t *testing.T) {
+	dir := t.TempDir()
+	size := func(flags uintptr, option string) error {
+		return syscall.Mount("tmpfs", dir, "tmpfs", flags, option)
+	}
+	if runtime.GOOS != "linux" {
+		t.Skip("mounts a tmpfs")
+	}
+	if err := size(0, "size=3m"); err != nil {
+		testenv.Missing(t, "tmpfs", "run as root: "+err.Error())
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(dir, 0) })
+	logs, err := filelog.Open(dir, filelog.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = logs.Close() })
+	p := newPlant(t, testenv.SQLite(t))
+	heard, log := hear(t)
+	eng, _ := p.start(t, log, func(c *solstice.Config) { c.Logs = logs })
+	r := p.submit(t, eng, "checkout: false\njobs: { a: { steps: [ { run: 'seq 1 1000000' } ] } }\n")
+	eventually(t, "the disk is full", func() bool { return heard.said("no space left on device") })
+	if err := size(syscall.MS_REMOUNT, "size=64m"); err != nil {
+		t.Fatal(err)
+	}
+	r = finish(t, eng, r.ID)
+	var want strings.Builder
+	for i := 1; i <= 1000000; i++ {
+		fmt.Fprintln(&want, i)
+	}
+	got := jobLog(t, eng, r.Jobs[0].ID)
+	if r.State != solstice.RunSucceeded || r.Jobs[0].Attempts != 1 || got != want.String() {
+		t.Errorf("run is %s after %d attempts, log of %d bytes, want %d", r.State, r.Jobs[0].Attempts, len(got), want.Len())
+	}
+}
+
+// TestAgentKilledTwoEngines: whichever engine notices, the job runs again, and
+// nothing is left of the first machine.
+func TestAgentKilledTwoEngines(t *testing.T) {
+	p := newPlant(t, testenv.Postgres(t))
+	addrs := []string{freeAddr(t), freeAddr(t)}
+	p.Contacts = addrs
+	first, _ := p.start(t, func(c *solstice.Config) { c.AgentAddr = addrs[0] })
+	second, _ := p.start(t, func(c *solstice.Config) { c.AgentAddr = addrs[1] })
+	workflow, begun, open := gated(p, 2)
+	r := p.submit(t, first, workflow)
+	eventually(t, "the jobs run", func() bool { return begun() == 2 })
+	var machines []string
+	for _, j := range r.Jobs {
+		as, err := second.Attempts(t.Context(), j.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		machines = append(machines, as[0].MachineID)
+		if err := syscall.Kill(agentPID(t, p, as[0].MachineID), syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open()
+	r = finish(t, second, r.ID)
+	if r.State != solstice.RunSucceeded {
+		t.Errorf("run is %s", r.State)
+	}
+	for i, j := range r.Jobs {
+		as, err := first.Attempts(t.Context(), j.ID)
+		if err != nil || len(as) != 2 || as[0].Class != solstice.ClassAgentLost {
+			t.Errorf("%s: %+v, %v", j.Name, as, err)
+		}
+		eventually(t, "the first machine is gone", func() bool {
+			_, err := os.Stat(filepath.Join(p.machinesDir(), machines[i]))
+			return os.IsNotExist(err)
+		})
+	}
+}
