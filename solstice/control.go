@@ -60,6 +60,26 @@ func (e *Engine) Cancel(ctx context.Context, runID, reason string) error {
 	return nil
 }
 
+// Approve lets a run begin that awaits approval. commit is what was looked at;
+// another one than the run's wraps ErrInvalid, so that nothing else is let in.
+// A run that does not await approval (any more) wraps ErrOver.
+func (e *Engine) Approve(ctx context.Context, runID, commit string) (Run, error) {
+	err := e.withRun(ctx, runID, func(ctx context.Context, t *store.RunTx) error {
+		if t.Run.State != store.RunAwaitingApproval {
+			return fmt.Errorf("%w: run %s is %s, it does not await approval", ErrOver, runID, t.Run.State)
+		}
+		if t.Run.Commit != commit {
+			return fmt.Errorf("%w: run %s is of commit %s, not %s", ErrInvalid, runID, t.Run.Commit, firstOf(commit, "an empty one"))
+		}
+		t.Run.Awaits = ""
+		return t.SetRun(ctx, store.RunQueued, "")
+	})
+	if err != nil {
+		return Run{}, e.publicError("run "+runID, err)
+	}
+	return e.GetRun(ctx, runID)
+}
+
 // RerunOptions qualifies a rerun; the zero value runs everything again.
 type RerunOptions struct {
 	// Failed keeps the results of jobs that succeeded or were skipped for a
@@ -91,7 +111,8 @@ func (e *Engine) Rerun(ctx context.Context, runID string, o RerunOptions) (Run, 
 		Event: old.Event, Inputs: old.Inputs, WorkflowPath: old.WorkflowPath, WorkflowName: old.WorkflowName, Priority: old.Priority,
 		RerunOf: old.ID, IdempotencyKey: o.IdempotencyKey, Trace: traceParent(ctx),
 	}
-	again := map[string]bool{} // by key: all combinations share the fate of what needs them
+	awaitApproval(run, old.Awaits) // to cancel is not to approve
+	again := map[string]bool{}     // by key: all combinations share the fate of what needs them
 	if o.Failed {
 		for _, j := range oldJobs {
 			if j.State != store.JobSucceeded && j.State != store.JobSkipped {
@@ -173,19 +194,33 @@ func (e *Engine) GetRun(ctx context.Context, runID string) (Run, error) {
 
 // RunFilter selects runs; its zero value selects the newest 50.
 type RunFilter struct {
-	Repo   string // forge instance + "/" + full name
-	State  RunState
-	Limit  int    // 0: 50, at most 500
-	Before string // run ID: only older ones, for paging
+	Forge  string     // instance name
+	Repo   string     // its full name; needs Forge
+	States []RunState // any of them
+	Commit string     // full object name
+	Ref    string     // full; needs Repo
+	Limit  int        // 0: 50, at most 500
+	Before string     // run ID: only older ones, for paging
 }
 
-// Runs lists runs without their jobs, newest first.
+// Runs lists runs without their jobs, newest first. A filter that lacks what
+// it needs wraps ErrInvalid.
 func (e *Engine) Runs(ctx context.Context, f RunFilter) ([]Run, error) {
+	if f.Repo != "" && f.Forge == "" || f.Ref != "" && f.Repo == "" {
+		return nil, fmt.Errorf("%w: runs of a repository need its forge, and runs of a ref the repository", ErrInvalid)
+	}
 	limit := f.Limit
 	if limit <= 0 {
 		limit = 50
 	}
-	rows, err := e.store.Runs(ctx, store.RunFilter{Repo: f.Repo, State: store.RunState(f.State), Limit: min(limit, 500), Before: f.Before})
+	q := store.RunFilter{Forge: f.Forge, Commit: f.Commit, Ref: f.Ref, Limit: min(limit, 500), Before: f.Before}
+	if f.Repo != "" {
+		q.Repo = f.Forge + "/" + f.Repo
+	}
+	for _, s := range f.States {
+		q.States = append(q.States, store.RunState(s))
+	}
+	rows, err := e.store.Runs(ctx, q)
 	if err != nil {
 		return nil, err
 	}
@@ -194,6 +229,37 @@ func (e *Engine) Runs(ctx context.Context, f RunFilter) ([]Run, error) {
 		out = append(out, publicRun(r, nil))
 	}
 	return out, nil
+}
+
+// minPrefix is the shortest prefix of a run's ID that FindRun takes.
+const minPrefix = 8
+
+// FindRun gives the ID of the one run whose ID begins with prefix, which has
+// at least 8 characters. None wraps ErrNotFound; several, or a shorter prefix,
+// ErrInvalid.
+func (e *Engine) FindRun(ctx context.Context, prefix string) (string, error) {
+	if len(prefix) < minPrefix {
+		return "", fmt.Errorf("%w: %q is too short for a run: give at least %d characters of its ID", ErrInvalid, prefix, minPrefix)
+	}
+	ids, err := e.store.RunsByPrefix(ctx, prefix, 2)
+	switch {
+	case err != nil:
+		return "", e.publicError("run "+prefix, err)
+	case len(ids) == 0:
+		return "", e.publicError("run "+prefix, store.ErrNotFound)
+	case len(ids) > 1 && ids[0] != prefix:
+		return "", fmt.Errorf("%w: several runs begin with %q: give more of the ID", ErrInvalid, prefix)
+	}
+	return ids[0], nil
+}
+
+// Job gives one job; unknown wraps ErrNotFound.
+func (e *Engine) Job(ctx context.Context, jobID string) (Job, error) {
+	j, err := e.store.Job(ctx, jobID)
+	if err != nil {
+		return Job{}, e.publicError("job "+jobID, err)
+	}
+	return publicJob(j), nil
 }
 
 // Attempts lists the attempts of a job, first one first.
@@ -223,8 +289,11 @@ func (e *Engine) Steps(ctx context.Context, attemptID string) ([]Step, error) {
 }
 
 func (e *Engine) publicError(what string, err error) error {
-	if errors.Is(err, store.ErrNotFound) {
+	switch {
+	case errors.Is(err, store.ErrNotFound):
 		return fmt.Errorf("%w: %s", ErrNotFound, what)
+	case errors.Is(err, ErrOver), errors.Is(err, ErrInvalid): // said in full already
+		return err
 	}
 	return fmt.Errorf("solstice: %s: %w", what, err)
 }

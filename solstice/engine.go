@@ -57,6 +57,7 @@ type Engine struct {
 
 	mu       sync.Mutex
 	running  bool
+	serving  bool // between the start and the end of Run
 	draining bool
 	sessions map[string]*session // by machine
 	slots    map[string]struct{} // attempts under way that this engine claimed
@@ -166,17 +167,19 @@ func (e *Engine) Run(ctx context.Context) error {
 		start(p.watchLoop)
 		start(func(context.Context) { p.dispatchLoop(ctx) }) // ends with ctx: a draining engine claims nothing
 	}
+	e.setServing(true)
 	e.log.InfoContext(ctx, "engine started", "orchestrator", e.id, "agent_addr", e.AgentAddr(), "pools", len(e.pools))
 
 	<-ctx.Done()
 	e.drain()
+	e.setServing(false)
 	stop()
 	stopServing()
 	wg.Wait()
 	e.work.Wait()
 	final, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	err = e.store.Release(final, e.id)
+	err = errors.Join(e.store.Release(final, e.id), e.store.Leave(final, e.id))
 	if err != nil {
 		e.log.WarnContext(ctx, "ownership not released, it expires by itself", "error", err)
 	}
@@ -185,6 +188,12 @@ func (e *Engine) Run(ctx context.Context) error {
 	}
 	e.log.InfoContext(ctx, "engine stopped", "orchestrator", e.id)
 	return nil
+}
+
+func (e *Engine) setServing(on bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.serving = on
 }
 
 // drain waits for jobs under way, within its bound.

@@ -21,6 +21,7 @@ func (e *Engine) renewal() time.Duration {
 func (e *Engine) renewLoop(ctx context.Context) {
 	tick := time.NewTicker(e.renewal())
 	defer tick.Stop()
+	e.beat(ctx)
 	for {
 		select {
 		case <-ctx.Done():
@@ -43,9 +44,7 @@ func (e *Engine) renewLoop(ctx context.Context) {
 			}
 		}
 		e.mu.Unlock()
-		if err := e.store.Beat(ctx, store.Orchestrator{ID: e.id, Addr: e.AgentAddr()}); err != nil && ctx.Err() == nil {
-			e.log.WarnContext(ctx, "presence not recorded", "error", err)
-		}
+		e.beat(ctx)
 	}
 }
 

@@ -20,8 +20,11 @@ type decision struct {
 
 // decide looks at one plan as it stands and says which waiting jobs can go on.
 // Deciding one job may make the next decidable, so callers apply the decisions
-// and ask again until there are none.
+// and ask again until there are none. No job of a run that awaits approval can.
 func decide(run *store.Run, jobs []*store.Job) []decision {
+	if run.State == store.RunAwaitingApproval {
+		return nil
+	}
 	byKey := map[string][]*store.Job{}
 	for _, j := range jobs {
 		byKey[j.Key] = append(byKey[j.Key], j)

@@ -54,6 +54,9 @@ type RunRequest struct {
 	// with a Delivery are deduplicated by that as well.
 	IdempotencyKey string `json:"idempotency_key,omitempty"`
 	Priority       int    `json:"priority,omitempty"` // higher first
+	// AwaitApproval, where not empty, has the runs wait until they are approved
+	// ([Engine.Approve]); it says why, for people.
+	AwaitApproval string `json:"await_approval,omitempty"`
 }
 
 // Submit plans the workflows that a request concerns and accepts them as runs:
@@ -194,6 +197,9 @@ func (e *Engine) accept(ctx context.Context, r RunRequest, w *workflow.Workflow,
 	if len(diags) > 0 {
 		run.Diagnostics = encode(diags)
 	}
+	if !run.State.Terminal() {
+		awaitApproval(run, r.AwaitApproval)
+	}
 	applyDecisions(run, jobs)
 	err := e.store.InsertRun(ctx, run, jobs)
 	if errors.Is(err, store.ErrDuplicate) {
@@ -215,6 +221,14 @@ func (e *Engine) accept(ctx context.Context, r RunRequest, w *workflow.Workflow,
 	}
 	e.changed(store.Change{Run: run, Jobs: jobs, Labels: queuedLabels(jobs)})
 	return publicRun(run, jobs), nil
+}
+
+// awaitApproval has a run that is not in the store yet wait for approval, if
+// there is a reason to.
+func awaitApproval(run *store.Run, reason string) {
+	if reason != "" {
+		run.State, run.Awaits, run.Reason = store.RunAwaitingApproval, reason, "Awaits approval: "+reason
+	}
 }
 
 func plannedJobs(run *store.Run, plan *workflow.Plan) []*store.Job {

@@ -152,14 +152,18 @@ func TestIdleStuckAndLeases(t *testing.T) {
 		eq(t, "run out", lease("b"), true)
 		eq(t, "lost", lease("a"), false)
 
-		must(t, r.Beat(ctx, store.Orchestrator{ID: "a", Addr: "h:1"}))
+		must(t, r.Beat(ctx, store.Orchestrator{ID: "a", Addr: "h:1"}, 30*time.Second))
 		r.pass(time.Minute)
-		must(t, r.Beat(ctx, store.Orchestrator{ID: "b", Addr: "h:2"}))
-		must(t, r.Beat(ctx, store.Orchestrator{ID: "b", Addr: "h:3"}))
-		os, err := r.Orchestrators(ctx, 30*time.Second)
+		must(t, r.Beat(ctx, store.Orchestrator{ID: "b", Addr: "h:2"}, 30*time.Second))
+		must(t, r.Beat(ctx, store.Orchestrator{ID: "b", Addr: "h:3"}, 30*time.Second))
+		os, err := r.Orchestrators(ctx)
 		must(t, err)
 		if len(os) != 1 || os[0].ID != "b" || os[0].Addr != "h:3" {
 			t.Errorf("orchestrators: %v", os)
 		}
+		must(t, r.Leave(ctx, "b"))
+		os, err = r.Orchestrators(ctx)
+		must(t, err)
+		eq(t, "orchestrators after one left", len(os), 0)
 	})
 }

@@ -212,6 +212,7 @@ func TestPlans(t *testing.T) {
 		var runs []*Run
 		var attempts []*Attempt
 		var outbox []*OutboxMessage
+		var machines []*Machine
 		for _, c := range []struct {
 			name, query string
 			index       string
@@ -220,10 +221,17 @@ func TestPlans(t *testing.T) {
 			{"labels", queuedLabels(db).String(), "jobs_queue"},
 			{"capacity", machineCounts(db, ClaimRequest{Host: "h", Pool: "p"}).String(), "machines_"},
 			{"live attempts", liveAttempts(db, &attempts).String(), "attempts_live"},
-			{"runs", runsQuery(db, RunFilter{Limit: 50}, &runs).String(), "runs"},
-			{"runs before", runsQuery(db, RunFilter{Limit: 50, Before: "r5"}, &runs).String(), "runs"},
-			{"runs of a repository", runsQuery(db, RunFilter{Limit: 50, Repo: "a1"}, &runs).String(), "runs_repo"},
-			{"runs of a state", runsQuery(db, RunFilter{Limit: 50, State: RunFailed}, &runs).String(), "runs_state"},
+			{"runs", runsQuery(db, RunFilter{Limit: 50}, "", &runs).String(), "runs"},
+			{"runs before", runsQuery(db, RunFilter{Limit: 50, Before: "r5"}, "", &runs).String(), "runs"},
+			{"runs of a forge", runsQuery(db, RunFilter{Limit: 50, Forge: "f1"}, "", &runs).String(), "runs_forge"},
+			{"runs of a repository", runsQuery(db, RunFilter{Limit: 50, Repo: "a1"}, "", &runs).String(), "runs_repo"},
+			{"runs of a state", runsQuery(db, RunFilter{Limit: 50}, RunFailed, &runs).String(), "runs_state"},
+			{"runs of a commit", runsQuery(db, RunFilter{Limit: 50, Commit: "c77"}, "", &runs).String(), "runs_commit"},
+			{"runs of a ref", runsQuery(db, RunFilter{Limit: 50, Repo: "a1", Ref: "refs/heads/b7"}, "", &runs).String(), "runs_repo_ref"},
+			{"runs by prefix", runsByPrefix(db, "r0012", 2).String(), "runs"},
+			{"queued jobs", queuedJobs(db, "l1").String(), "jobs_queue"},
+			{"rivals", rivals(db, &Job{ID: "x", Label: "l1", QueuedAt: 7}).String(), "jobs_queue"},
+			{"machines", machinesQuery(db, "p", "m", 50, &machines).String(), "machines_"},
 			{"outbox", unclaimed(db, 1, 100, &outbox).String(), "outbox"},
 		} {
 			plan, err := queryPlan(ctx, db, c.query)
@@ -298,7 +306,10 @@ func fill(t *testing.T, db *bun.DB) {
 				state = RunFailed
 			}
 			repo := fmt.Sprintf("a%d", i%50)
-			runs = append(runs, &Run{ID: id, State: state, RepoKey: repo})
+			runs = append(runs, &Run{
+				ID: id, State: state, RepoKey: repo, Forge: fmt.Sprintf("f%d", i%20), Commit: fmt.Sprintf("c%d", i),
+				Ref: fmt.Sprintf("refs/heads/b%d", i%200), FinishedAt: int64(i),
+			})
 			jobs = append(jobs, &Job{ID: "j" + id, RunID: id, State: js, Label: fmt.Sprintf("l%d", i%3), RepoKey: repo, QueuedAt: int64(i)})
 			attempts = append(attempts, &Attempt{ID: "t" + id, JobID: "j" + id, RunID: id, State: AttemptFinished})
 			machines = append(machines, &Machine{ID: "m" + id, Host: "h", Pool: "p", State: MachineGone})

@@ -5,6 +5,8 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -118,7 +120,7 @@ func (s *Store) emit(ctx context.Context, tx bun.Tx, now int64, run *Run, jobs [
 // Run reads one run.
 func (s *Store) Run(ctx context.Context, id string) (*Run, error) {
 	r := new(Run)
-	return r, found(s.db.NewSelect().Model(r).Where("id = ?", id).Scan(ctx), "run", id)
+	return r, found(s.db.NewSelect().Model(r).Where("id = ? AND collected < ?", id, RunGoing).Scan(ctx), "run", id)
 }
 
 // RunByKey finds the run that made InsertRun say ErrDuplicate. Empty keys are
@@ -142,34 +144,64 @@ func (s *Store) RunByKey(ctx context.Context, forge, delivery, idempotencyKey, w
 
 // RunFilter selects runs; zero fields select all.
 type RunFilter struct {
-	Repo   string // RepoKey
-	State  RunState
+	Forge  string
+	Repo   string     // RepoKey
+	States []RunState // any of them
+	Commit string
+	Ref    string // quick with Repo only
 	Limit  int    // 0 means 50
 	Before string // only runs with smaller ids: the last id of the page before
 }
 
 // Runs lists runs, newest first.
 func (s *Store) Runs(ctx context.Context, f RunFilter) ([]*Run, error) {
-	var out []*Run
 	if f.Limit <= 0 {
 		f.Limit = 50
 	}
-	err := runsQuery(s.db, f, &out).Scan(ctx)
-	return out, err
+	states := f.States
+	if len(states) == 0 {
+		states = []RunState{""}
+	}
+	// State by state: each is one stretch of an index, already in order.
+	var out []*Run
+	for _, state := range states {
+		var some []*Run
+		if err := runsQuery(s.db, f, state, &some).Scan(ctx); err != nil {
+			return nil, err
+		}
+		out = append(out, some...)
+	}
+	slices.SortFunc(out, func(a, b *Run) int { return strings.Compare(b.ID, a.ID) })
+	out = slices.CompactFunc(out, func(a, b *Run) bool { return a.ID == b.ID })
+	return out[:min(len(out), f.Limit)], nil
 }
 
-func runsQuery(db bun.IDB, f RunFilter, out *[]*Run) *bun.SelectQuery {
-	q := db.NewSelect().Model(out).OrderBy("id", bun.OrderDesc).Limit(int64(f.Limit))
-	if f.Repo != "" {
-		q = q.Where("repo_key = ?", f.Repo)
-	}
-	if f.State != "" {
-		q = q.Where("state = ?", f.State)
+func runsQuery(db bun.IDB, f RunFilter, state RunState, out *[]*Run) *bun.SelectQuery {
+	q := db.NewSelect().Model(out).Where("collected < ?", RunGoing).OrderBy("id", bun.OrderDesc).Limit(int64(f.Limit))
+	for _, c := range []struct{ column, is string }{
+		{"forge", f.Forge}, {"repo_key", f.Repo}, {"state", string(state)}, {"commit", f.Commit}, {"ref", f.Ref},
+	} {
+		if c.is != "" && !(c.column == "forge" && f.Repo != "") { // a repository's key begins with its forge
+			q = q.Where("? = ?", bun.Ident(c.column), c.is)
+		}
 	}
 	if f.Before != "" {
 		q = q.Where("id < ?", f.Before)
 	}
 	return q
+}
+
+// RunsByPrefix lists at most limit IDs of runs that begin with prefix, which
+// must not be empty.
+func (s *Store) RunsByPrefix(ctx context.Context, prefix string, limit int) ([]string, error) {
+	var ids []string
+	err := runsByPrefix(s.db, prefix, limit).Scan(ctx, &ids)
+	return ids, err
+}
+
+func runsByPrefix(db bun.IDB, prefix string, limit int) *bun.SelectQuery {
+	return db.NewSelect().Model((*Run)(nil)).Column("id").Where("id >= ? AND id < ?", prefix, prefix+"\x7f").
+		Where("collected < ?", RunGoing).OrderBy("id", bun.OrderAsc).Limit(int64(limit))
 }
 
 // Jobs lists the jobs of a run in the plan's order.

@@ -96,32 +96,3 @@ func (s *Store) StuckRuns(ctx context.Context, limit int) ([]*Run, error) {
 		OrderBy("id", bun.OrderAsc).Limit(int64(limit)).Scan(ctx)
 	return out, err
 }
-
-// Orchestrator is a process that serves this database.
-type Orchestrator struct {
-	bun.BaseModel `bun:"table:orchestrators,alias:orchestrator"`
-
-	ID     string `bun:",pk"`
-	Addr   string // where its peers reach it
-	SeenAt int64
-}
-
-// Beat records that an orchestrator is there.
-func (s *Store) Beat(ctx context.Context, o Orchestrator) error {
-	return s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
-		o.SeenAt = now
-		_, err := tx.NewInsert().Model(&o).On("CONFLICT (id) DO UPDATE").Set("addr = excluded.addr, seen_at = excluded.seen_at").Exec(ctx)
-		return err
-	})
-}
-
-// Orchestrators lists those seen within alive.
-func (s *Store) Orchestrators(ctx context.Context, alive time.Duration) ([]*Orchestrator, error) {
-	now, err := s.Now(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var out []*Orchestrator
-	err = s.db.NewSelect().Model(&out).Where("seen_at >= ?", now-micros(alive)).OrderBy("id", bun.OrderAsc).Scan(ctx)
-	return out, err
-}

@@ -102,7 +102,7 @@ func (s *Store) WithRun(ctx context.Context, runID string, fn func(ctx context.C
 
 // RunTx is a run under its lock. The loaded rows are what the methods compare
 // with; they keep them up to date. Callers change Run through SetRun, except
-// for CancelReason and Diagnostics, which they may set before it.
+// for CancelReason, Awaits and Diagnostics, which they may set before it.
 type RunTx struct {
 	Run  *Run
 	Jobs []*Job
@@ -218,7 +218,7 @@ func (t *RunTx) settle(ctx context.Context) (Change, error) {
 	version := t.Run.Version
 	t.Run.Version++
 	ok, err := changed(t.tx.NewUpdate().Model(t.Run).
-		Column("state", "reason", "diagnostics", "cancel_reason", "version", "started_at", "finished_at").
+		Column("state", "reason", "diagnostics", "cancel_reason", "awaits", "version", "started_at", "finished_at").
 		Where("id = ? AND version = ?", t.Run.ID, version).Exec(ctx))
 	if err != nil {
 		return c, err

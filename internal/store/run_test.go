@@ -62,8 +62,8 @@ func TestRunsArePaged(t *testing.T) {
 			{store.RunFilter{Limit: 2}, []int{4, 3}},
 			{store.RunFilter{Limit: 2, Before: ids[3]}, []int{2, 1}},
 			{store.RunFilter{Repo: "b"}, []int{3, 1}},
-			{store.RunFilter{Repo: "a", State: store.RunQueued}, []int{4, 2, 0}},
-			{store.RunFilter{State: store.RunFailed}, nil},
+			{store.RunFilter{Repo: "a", States: []store.RunState{store.RunQueued, store.RunFailed}}, []int{4, 2, 0}},
+			{store.RunFilter{States: []store.RunState{store.RunFailed}}, nil},
 		} {
 			got, err := r.Runs(t.Context(), c.f)
 			must(t, err)

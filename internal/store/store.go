@@ -62,6 +62,17 @@ func (s RunState) Terminal() bool {
 	return false
 }
 
+// Collected says how far retention is with a run.
+type Collected int64
+
+// What is left of a run.
+const (
+	Whole     Collected = iota // everything
+	LogsGoing                  // its logs are being deleted
+	LogsGone                   // everything but its logs
+	RunGoing                   // it is being deleted: it counts as absent
+)
+
 // JobState of a job.
 type JobState string
 
@@ -134,10 +145,12 @@ type Run struct {
 	Diagnostics    json.RawMessage // workflow errors
 	CancelReason   string          // not empty: cancel was asked for
 	Trace          string          // W3C traceparent of the run's root span
+	Awaits         string          // not empty: why it needs an approval that it has not got
 	Version        int64           // grows with every change
 	CreatedAt      int64
 	StartedAt      int64
 	FinishedAt     int64
+	Collected      Collected
 }
 
 // Job is one node of a run's plan.

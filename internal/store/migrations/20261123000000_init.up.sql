@@ -13,10 +13,14 @@ CREATE TABLE leases (
 	until BIGINT NOT NULL
 );
 
+-- Who serves this database, with the pools that it offers as JSON.
 CREATE TABLE orchestrators (
-	id      {{text}} PRIMARY KEY,
-	addr    {{text}} NOT NULL,
-	seen_at BIGINT NOT NULL
+	id          {{text}} PRIMARY KEY,
+	addr        {{text}} NOT NULL,
+	pools       {{text}},
+	slots       BIGINT NOT NULL,
+	seen_at     BIGINT NOT NULL,
+	lease_until BIGINT NOT NULL
 );
 
 -- One row per provider host, locked while its machines are counted and made.
@@ -41,19 +45,26 @@ CREATE TABLE runs (
 	priority        BIGINT NOT NULL,
 	rerun_of        {{text}} NOT NULL,
 	trace           {{text}} NOT NULL,
+	awaits          {{text}} NOT NULL,
 	reason          {{text}} NOT NULL,
 	diagnostics     {{text}},
 	cancel_reason   {{text}} NOT NULL,
 	version         BIGINT NOT NULL,
 	created_at      BIGINT NOT NULL,
 	started_at      BIGINT NOT NULL,
-	finished_at     BIGINT NOT NULL
+	finished_at     BIGINT NOT NULL,
+	collected       BIGINT NOT NULL
 );
 CREATE UNIQUE INDEX runs_delivery ON runs (forge, delivery, workflow_path) WHERE delivery <> '';
 CREATE UNIQUE INDEX runs_idempotency ON runs (idempotency_key, workflow_path) WHERE idempotency_key <> '';
 CREATE INDEX runs_repo ON runs (repo_key, id);
 CREATE INDEX runs_state ON runs (state, id);
 CREATE INDEX runs_repo_state ON runs (repo_key, state, id);
+CREATE INDEX runs_repo_ref ON runs (repo_key, ref, id);
+CREATE INDEX runs_forge ON runs (forge, id);
+CREATE INDEX runs_commit ON runs ("commit", id);
+-- What retention looks for: how far a run is collected, oldest end first.
+CREATE INDEX runs_collected ON runs (collected, finished_at) WHERE finished_at > 0;
 
 CREATE TABLE jobs (
 	id          {{text}} PRIMARY KEY,
@@ -87,6 +98,7 @@ CREATE INDEX jobs_queue ON jobs (label, repo_key, priority DESC, queued_at, id) 
 CREATE INDEX jobs_active ON jobs (repo_key) WHERE state IN ('assigned', 'running');
 CREATE INDEX jobs_waiting ON jobs (run_id) WHERE state = 'waiting';
 CREATE INDEX jobs_hold ON jobs (hold_id) WHERE hold_id <> '';
+CREATE INDEX jobs_copied ON jobs (copied_from) WHERE copied_from <> '';
 
 CREATE TABLE attempts (
 	id            {{text}} PRIMARY KEY,
@@ -163,6 +175,8 @@ CREATE UNIQUE INDEX machines_token ON machines (token_hash) WHERE token_hash <> 
 CREATE UNIQUE INDEX machines_cred ON machines (cred_hash) WHERE cred_hash <> '';
 CREATE INDEX machines_host ON machines (host, pool) WHERE state <> 'gone';
 CREATE INDEX machines_owner ON machines (owner) WHERE state <> 'gone';
+CREATE INDEX machines_live ON machines (id) WHERE state <> 'gone';
+CREATE INDEX machines_gone ON machines (gone_at) WHERE state = 'gone';
 
 CREATE TABLE outbox (
 	id            {{serial}},

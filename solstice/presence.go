@@ -1,0 +1,210 @@
+package solstice
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/solstice-ci/solstice-go/blobstore"
+	"github.com/solstice-ci/solstice-go/internal/store"
+	"github.com/solstice-ci/solstice-go/queue"
+)
+
+// offer is what an engine tells the others of one of its pools, as JSON in its
+// row.
+type offer struct {
+	Name         string   `json:"name"`
+	Labels       []string `json:"labels"`
+	Host         string   `json:"host"`
+	Capacity     int      `json:"capacity"`
+	HostCapacity int      `json:"host_capacity"`
+	Warm         int      `json:"warm"`
+}
+
+// beat records that this engine is there, and what it offers. A draining one
+// offers nothing.
+func (e *Engine) beat(ctx context.Context) {
+	offers := []offer{}
+	e.mu.Lock()
+	draining := e.draining
+	e.mu.Unlock()
+	if !draining {
+		for _, p := range e.pools {
+			offers = append(offers, offer{p.Name, p.Labels, p.Host, p.Capacity, p.HostCapacity, p.Warm})
+		}
+	}
+	o := store.Orchestrator{ID: e.id, Addr: e.AgentAddr(), Pools: encode(offers), Slots: e.cfg.MaxConcurrency}
+	if err := e.store.Beat(ctx, o, e.cfg.Timing.Lease); err != nil && ctx.Err() == nil {
+		e.log.WarnContext(ctx, "presence not recorded", "error", err)
+	}
+}
+
+// PoolInfo is a pool of an orchestrator that is there.
+type PoolInfo struct {
+	Name         string    `json:"name"`
+	Labels       []string  `json:"labels"`
+	Host         string    `json:"host"`
+	Orchestrator string    `json:"orchestrator"`
+	Capacity     int       `json:"capacity"` // machines
+	Machines     int       `json:"machines"` // not gone
+	Busy         int       `json:"busy"`     // of these, with a job
+	Warm         int       `json:"warm"`     // to be kept ready
+	Queued       int64     `json:"queued"`   // jobs queued for its labels, at most 1000
+	SeenAt       time.Time `json:"seen_at"`  // when its orchestrator was there last
+
+	room int // jobs that it could begin now
+}
+
+// Pools lists the pools of all orchestrators that are there, by name.
+func (e *Engine) Pools(ctx context.Context) ([]PoolInfo, error) {
+	pools, err := e.poolInfos(ctx, "")
+	if err != nil {
+		return nil, fmt.Errorf("solstice: pools: %w", err)
+	}
+	queued := map[string]int64{}
+	for i := range pools {
+		for _, label := range pools[i].Labels {
+			if _, ok := queued[label]; !ok {
+				if queued[label], err = e.store.QueuedJobs(ctx, label); err != nil {
+					return nil, fmt.Errorf("solstice: pools: %w", err)
+				}
+			}
+			pools[i].Queued = min(pools[i].Queued+queued[label], store.CountMax)
+		}
+	}
+	return pools, nil
+}
+
+// poolInfos lists the pools that serve a label, or all, without Queued.
+func (e *Engine) poolInfos(ctx context.Context, label string) ([]PoolInfo, error) {
+	rows, err := e.store.Orchestrators(ctx)
+	if err != nil {
+		return nil, err
+	}
+	counts, err := e.store.MachineCounts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	busy, err := e.store.AttemptCounts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []PoolInfo
+	for _, row := range rows {
+		for _, o := range decode[[]offer](row.Pools) {
+			if label != "" && !slices.Contains(o.Labels, label) {
+				continue
+			}
+			p := PoolInfo{
+				Name: o.Name, Labels: o.Labels, Host: o.Host, Orchestrator: row.ID, Capacity: o.Capacity, Warm: o.Warm, SeenAt: timeOf(row.SeenAt),
+			}
+			host, idle := 0, 0
+			for _, c := range counts {
+				if c.Host != o.Host {
+					continue
+				}
+				host += c.Machines
+				if c.Pool == o.Name {
+					p.Machines, p.Busy, idle = c.Machines, c.Busy, c.Idle
+				}
+			}
+			// A ready machine is room; it counts against neither capacity again.
+			p.room = idle + max(min(o.Capacity-p.Machines, o.HostCapacity-host), 0)
+			p.room = min(p.room, row.Slots-busy[row.ID])
+			out = append(out, p)
+		}
+	}
+	slices.SortStableFunc(out, func(a, b PoolInfo) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(a.Host, b.Host))
+	})
+	return out, nil
+}
+
+// Machine is a machine that is not gone.
+type Machine struct {
+	ID           string        `json:"id"`
+	Pool         string        `json:"pool"`
+	Host         string        `json:"host"`
+	State        string        `json:"state"` // provisioning, ready, bound, destroying
+	AttemptID    string        `json:"attempt_id,omitempty"`
+	OS           string        `json:"os,omitempty"`
+	Arch         string        `json:"arch,omitempty"`
+	AgentVersion string        `json:"agent_version,omitempty"`
+	CreatedAt    time.Time     `json:"created_at"`
+	ContactAt    time.Time     `json:"contact_at,omitzero"` // when its agent was heard of last
+	Age          time.Duration `json:"age"`                 // by the clock of the state, as CreatedAt
+}
+
+// MachineFilter selects machines; its zero value selects the first 50.
+type MachineFilter struct {
+	Pool  string // name; empty: all
+	Limit int    // 0: 50, at most 500
+	After string // machine ID: only those beyond it, for paging
+}
+
+// Machines lists machines that are not gone, oldest first.
+func (e *Engine) Machines(ctx context.Context, f MachineFilter) ([]Machine, error) {
+	if f.Limit <= 0 {
+		f.Limit = 50
+	}
+	now, err := e.store.Now(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("solstice: machines: %w", err)
+	}
+	rows, err := e.store.Machines(ctx, f.Pool, f.After, min(f.Limit, 500))
+	if err != nil {
+		return nil, fmt.Errorf("solstice: machines: %w", err)
+	}
+	out := make([]Machine, 0, len(rows))
+	for _, m := range rows {
+		out = append(out, Machine{
+			ID: m.ID, Pool: m.Pool, Host: m.Host, State: string(m.State), AttemptID: m.AttemptID,
+			OS: m.OS, Arch: m.Arch, AgentVersion: m.AgentVersion, CreatedAt: timeOf(m.CreatedAt), ContactAt: timeOf(m.ContactAt),
+			Age: time.Duration(max(now-m.CreatedAt, 0)) * time.Microsecond,
+		})
+	}
+	return out, nil
+}
+
+// ErrNotReady: the engine does not take on jobs, or what it needs is away.
+var ErrNotReady = errors.New("solstice: not ready")
+
+// probe is a name that no blob has.
+const probe = "probe/none"
+
+// Ready reports what keeps this engine from its work: it does not run or
+// drains, or database, queue or blob store do not answer. The error wraps
+// ErrNotReady and names everything that is away. It costs a broadcast message,
+// so ask every few seconds at most.
+func (e *Engine) Ready(ctx context.Context) error {
+	e.mu.Lock()
+	serving, draining := e.serving, e.draining
+	e.mu.Unlock()
+	var errs []error
+	failed := func(what string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%w: %s: %w", ErrNotReady, what, err))
+		}
+	}
+	switch {
+	case draining:
+		failed("engine", errors.New("it drains"))
+	case !serving:
+		failed("engine", errors.New("it does not run"))
+	}
+	_, err := e.store.Orchestrators(ctx)
+	failed("database", err)
+	// Wake-ups of our own are ignored by their receivers.
+	wake := queue.Message{Body: encode(wakeMessage{From: e.id}), ContentType: ContentTypeWake}
+	failed("queue", e.cfg.Queue.Publish(ctx, TopicWake, []queue.Message{wake}, queue.PublishOptions{}))
+	if e.cfg.Blobs != nil {
+		if _, err := e.cfg.Blobs.Stat(ctx, probe); !errors.Is(err, blobstore.ErrNotFound) {
+			failed("blob store", err)
+		}
+	}
+	return errors.Join(errs...)
+}
