@@ -38,8 +38,9 @@ const (
 // goroutine at a time.
 type conn struct {
 	sqliteConn
-	pool *pool
-	mode txMode
+	pool     *pool
+	mode     txMode
+	prepared map[string]*prepared // by text
 }
 
 // Close gives the connection back to the pool.
@@ -127,6 +128,10 @@ func (c *conn) ExecContext(ctx context.Context, query string, args []driver.Name
 		return nil, err
 	}
 	defer leave()
+	if p, values, done := c.prepare(ctx, query, args); p != nil {
+		defer done()
+		return p.Stmt.(driver.StmtExecContext).ExecContext(ctx, values)
+	}
 	return c.sqliteConn.ExecContext(ctx, query, args)
 }
 
@@ -136,7 +141,14 @@ func (c *conn) QueryContext(ctx context.Context, query string, args []driver.Nam
 	if err != nil {
 		return nil, err
 	}
-	r, err := c.sqliteConn.QueryContext(ctx, query, args)
+	var r driver.Rows
+	if p, values, done := c.prepare(ctx, query, args); p != nil {
+		before := leave
+		leave = func() { done(); before() }
+		r, err = p.Stmt.(driver.StmtQueryContext).QueryContext(ctx, values)
+	} else {
+		r, err = c.sqliteConn.QueryContext(ctx, query, args)
+	}
 	if err != nil {
 		leave()
 		return nil, err

@@ -75,6 +75,7 @@ func (p *pool) put(c *conn) error {
 		return nil
 	}
 	p.mu.Unlock()
+	c.forget()
 	return c.sqliteConn.Close()
 }
 
@@ -88,6 +89,7 @@ func (p *pool) Close() error {
 	p.mu.Unlock()
 	var errs []error
 	for _, c := range idle {
+		c.forget()
 		errs = append(errs, c.sqliteConn.Close())
 	}
 	if !again {
