@@ -107,11 +107,11 @@ func (p *pool) claim(ctx context.Context) (int, error) {
 	free := e.slotsLeft()
 	warm := 0
 	if p.Warm > 0 {
-		idle, err := e.store.IdleMachines(ctx, p.Name)
+		idle, err := e.store.IdleMachines(ctx, p.Host, p.Name)
 		if err != nil {
 			return 0, err
 		}
-		warm = max(p.Warm-idle.Count, 0)
+		warm = max(p.Warm-idle, 0)
 	}
 	if free <= 0 && warm <= 0 {
 		return 0, nil

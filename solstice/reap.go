@@ -77,7 +77,7 @@ func (e *Engine) inContact() (attempts, machines []string) {
 func (e *Engine) reapLoop(ctx context.Context) {
 	tick := time.NewTicker(e.cfg.Timing.Tick)
 	defer tick.Stop()
-	r := reaper{e: e, suspects: map[string]suspect{}, readAt: time.Now().Round(0)}
+	r := reaper{e: e, suspects: map[string]suspect{}, looked: map[store.RunState]string{}, readAt: time.Now().Round(0)}
 	for {
 		if err := r.sweep(ctx); err != nil {
 			if ctx.Err() != nil {
@@ -96,10 +96,11 @@ func (e *Engine) reapLoop(ctx context.Context) {
 // reaper is what the sweeps of an engine remember.
 type reaper struct {
 	e          *Engine
-	suspects   map[string]suspect // attempts whose agents seem dead
-	readAt     time.Time          // of the last good look at the state, by the wall clock
-	quietUntil time.Time          // nothing is given up before
-	trippedAt  time.Time          // when the breaker tripped; zero: it did not
+	suspects   map[string]suspect        // attempts whose agents seem dead
+	readAt     time.Time                 // of the last good look at the state, by the wall clock
+	quietUntil time.Time                 // nothing is given up before
+	trippedAt  time.Time                 // when the breaker tripped; zero: it did not
+	looked     map[store.RunState]string // how far the search for stuck runs is
 }
 
 // suspect is an attempt that was overdue, and since when it is for us.
@@ -177,13 +178,16 @@ func (r *reaper) sweep(ctx context.Context) error {
 			e.cancelAttempt(a.MachineID, a.CancelReason) // asked by another engine, or not delivered yet
 		}
 	}
-	runs, err := e.store.StuckRuns(ctx, 100)
-	if err != nil {
-		return err
-	}
-	for _, r := range runs {
-		if err := e.withRun(ctx, r.ID, func(context.Context, *store.RunTx) error { return nil }); err != nil {
-			e.log.WarnContext(ctx, "run not moved on", "run_id", r.ID, "error", err)
+	for _, state := range []store.RunState{store.RunQueued, store.RunRunning} {
+		stuck, next, err := e.store.StuckRuns(ctx, state, r.looked[state], 100)
+		if err != nil {
+			return err
+		}
+		r.looked[state] = next
+		for _, id := range stuck {
+			if err := e.withRun(ctx, id, func(context.Context, *store.RunTx) error { return nil }); err != nil {
+				e.log.WarnContext(ctx, "run not moved on", "run_id", id, "error", err)
+			}
 		}
 	}
 	labels, err := e.store.ReleaseHolds(ctx, t.HoldTimeout)

@@ -54,45 +54,42 @@ func liveAttempts(db bun.IDB, out *[]*Attempt) *bun.SelectQuery {
 	return db.NewSelect().Model(out).Where(liveAttempt).OrderBy("id", bun.OrderAsc)
 }
 
-// Idle are a pool's machines without an attempt.
-type Idle struct {
-	Count   int        // ready, or on the way there
-	Ready   int        // of them, those whose agents have attached
-	Expired []*Machine // ready, and older than they may get
+// IdleMachines counts the machines of a pool at a host that wait for a job, or
+// are on the way there.
+func (s *Store) IdleMachines(ctx context.Context, host, pool string) (int, error) {
+	var n int
+	err := s.db.NewSelect().TableExpr("machines").ColumnExpr("count(*)").Where("host = ? AND pool = ?", host, pool).
+		Where("attempt_id = ''").Where(notGone).Where("state IN ('provisioning', 'ready')").Scan(ctx, &n)
+	return n, err
 }
 
-// IdleMachines counts a pool's machines that wait for a job.
-func (s *Store) IdleMachines(ctx context.Context, pool string) (Idle, error) {
-	var d Idle
-	now, err := s.Now(ctx)
-	if err != nil {
-		return d, err
+// StuckRuns looks through runs that are not over, limit at a time, for those
+// that nothing will move on any more: jobs wait, and none is queued, assigned or
+// running. There should be none; looking again through WithRun frees them. The
+// next look begins after next, from the start where that is "".
+func (s *Store) StuckRuns(ctx context.Context, state RunState, after string, limit int) (stuck []string, next string, err error) {
+	var rows []struct {
+		ID    string
+		Stuck bool
 	}
-	var ms []*Machine
-	err = s.db.NewSelect().Model(&ms).Where("pool = ? AND attempt_id = ''", pool).Where(notGone).
-		Where("state IN ('provisioning', 'ready')").OrderBy("id", bun.OrderAsc).Scan(ctx)
-	for _, m := range ms {
-		d.Count++
-		if m.State != MachineReady {
-			continue
-		}
-		d.Ready++
-		if m.ExpiresAt <= now {
-			d.Expired = append(d.Expired, m)
+	if err := stuckRuns(s.db, state, after, limit).Scan(ctx, &rows); err != nil {
+		return nil, "", err
+	}
+	for _, r := range rows {
+		if r.Stuck {
+			stuck = append(stuck, r.ID)
 		}
 	}
-	return d, err
+	if len(rows) == limit {
+		next = rows[limit-1].ID
+	}
+	return stuck, next, nil
 }
 
-// StuckRuns lists runs that nothing will move on any more: jobs wait, and none
-// is queued, assigned or running. There should be none; looking again through
-// WithRun frees them.
-func (s *Store) StuckRuns(ctx context.Context, limit int) ([]*Run, error) {
-	var out []*Run
-	err := s.db.NewSelect().Model(&out).
-		Where("state IN (?, ?)", RunQueued, RunRunning).
-		Where("EXISTS (SELECT 1 FROM jobs AS w WHERE w.run_id = run.id AND w.state = 'waiting')").
-		Where("NOT EXISTS (SELECT 1 FROM jobs AS l WHERE l.run_id = run.id AND l.state IN ('queued', 'assigned', 'running'))").
-		OrderBy("id", bun.OrderAsc).Limit(int64(limit)).Scan(ctx)
-	return out, err
+// stuckRuns counts, since PostgreSQL would hash the whole table for EXISTS.
+func stuckRuns(db bun.IDB, state RunState, after string, limit int) *bun.SelectQuery {
+	const jobs = "(SELECT count(*) FROM jobs WHERE jobs.run_id = run.id AND jobs.state IN "
+	return db.NewSelect().TableExpr("runs AS run").Column("id").
+		ColumnExpr("("+jobs+"('waiting')) > 0 AND "+jobs+"('queued', 'assigned', 'running')) = 0) AS stuck").
+		Where("state = ? AND id > ?", state, after).OrderBy("id", bun.OrderAsc).Limit(int64(limit))
 }
