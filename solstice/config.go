@@ -80,6 +80,8 @@ type Config struct {
 	// TargetURL gives the link of a status; nil: none. jobID is empty for the
 	// run's own status.
 	TargetURL func(runID, jobID string) string
+
+	protocols protocols // of agents
 }
 
 // Timing holds the engine's clocks. Fields that are zero get the default.
@@ -188,6 +190,7 @@ func (c *Config) fill() error {
 	orDefault(&c.LogBytes, 256<<20)
 	orDefault(&c.CancelGrace, 10*time.Second)
 	orDefault(&c.StatusPrefix, "solstice")
+	orDefault(&c.protocols, protocolsSpoken)
 	c.Timing.fill()
 	for name, f := range c.Forges {
 		if f == nil {

@@ -307,21 +307,62 @@ type agentService struct {
 	e *Engine
 }
 
-// protocolVersion is what this engine speaks.
-const (
-	protocolMin = 1
-	protocolMax = 1
-)
+// protocols is the range of protocol versions that a server speaks. It speaks
+// its own and the one before, and what an agent offers beyond is not used, so
+// that server and agent may be one version apart in either direction.
+type protocols struct{ min, max int32 }
+
+var protocolsSpoken = protocols{1, 1}
+
+// choose gives the version to speak with an agent, or says why there is none.
+func (p protocols) choose(r *agentv1.EnrollRequest) (version int32, refusal string) {
+	version = min(p.max, r.GetProtocolMax())
+	if version >= p.min && version >= r.GetProtocolMin() {
+		return version, ""
+	}
+	advice := "is too old: update the agent in the image or where the runner URL points"
+	if r.GetProtocolMin() > p.max {
+		advice = "is too new: update the orchestrators, or use an agent of their version"
+	}
+	return 0, fmt.Sprintf("the agent (%s) speaks protocol %d to %d, this server %d to %d; it %s",
+		firstOf(printable([]byte(clip(r.GetVersion(), 64))), "of no stated version"), r.GetProtocolMin(), r.GetProtocolMax(), p.min, p.max, advice)
+}
+
+// refuseAgent ends what waits for an agent that cannot be spoken with, at once
+// and with the reason; only a token that is valid does.
+func (e *Engine) refuseAgent(ctx context.Context, token, why string) error {
+	m, err := e.store.MachineByToken(ctx, hashToken(token))
+	if err != nil {
+		return err
+	}
+	e.log.WarnContext(ctx, "agent refused", "machine", m.ID, "pool", m.Pool, "reason", why)
+	p := e.poolNamed(m.Pool)
+	if m.AttemptID == "" {
+		e.discard(ctx, m, why)
+		if p != nil {
+			p.refused() // another warm machine would have the same agent
+		}
+		return nil
+	}
+	a, err := e.store.Attempt(ctx, m.AttemptID)
+	if err != nil {
+		return err
+	}
+	e.lose(ctx, a, ClassInfra, why, "")
+	return nil
+}
 
 func (s *agentService) Enroll(ctx context.Context, r *agentv1.EnrollRequest) (*agentv1.EnrollResponse, error) {
 	e := s.e
 	if len(r.GetNonce()) < 16 || len(r.GetNonce()) > 64 || len(r.GetToken()) > 256 {
 		return nil, status.Error(codes.InvalidArgument, "malformed token or nonce")
 	}
-	protocol := min(protocolMax, r.GetProtocolMax())
-	if protocol < protocolMin || protocol < r.GetProtocolMin() {
-		return nil, status.Errorf(codes.FailedPrecondition,
-			"the agent speaks protocol %d to %d, this server %d to %d: use an agent of the server's version", r.GetProtocolMin(), r.GetProtocolMax(), protocolMin, protocolMax)
+	protocol, refusal := e.cfg.protocols.choose(r)
+	if refusal != "" {
+		if err := e.refuseAgent(ctx, r.GetToken(), refusal); err != nil {
+			return nil, e.rpcError(ctx, "enroll", err)
+		}
+		return nil, status.Error(codes.FailedPrecondition, refusal)
 	}
 	cred := randomToken()
 	nonce := sha256.Sum256(r.GetNonce())

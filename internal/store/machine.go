@@ -72,6 +72,26 @@ func (s *Store) Enroll(ctx context.Context, r EnrollRequest) (*Machine, error) {
 	return m, nil
 }
 
+// MachineByToken finds the machine whose enrolment token this is, as long as
+// nobody has enrolled with it; everything else is ErrToken.
+func (s *Store) MachineByToken(ctx context.Context, tokenHash string) (*Machine, error) {
+	now, err := s.Now(ctx)
+	if err != nil {
+		return nil, err
+	}
+	m := new(Machine)
+	err = s.db.NewSelect().Model(m).Where("token_hash = ? AND token_hash <> ''", tokenHash).Scan(ctx)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		return nil, ErrToken
+	case err != nil:
+		return nil, fmt.Errorf("store: machine by token: %w", err)
+	case m.State != MachineProvisioning || m.NonceHash != "" || m.TokenExpires <= now:
+		return nil, ErrToken
+	}
+	return m, nil
+}
+
 // MachineByCredential finds the machine an agent belongs to: ErrNotFound when
 // there is none, ErrGone when it is being destroyed or gone.
 func (s *Store) MachineByCredential(ctx context.Context, credHash string) (*Machine, error) {
