@@ -84,8 +84,9 @@ func coalesce(ctx context.Context, tx bun.Tx, msgs []*OutboxMessage) (map[string
 	for _, m := range last {
 		newest[m.Key] = m
 	}
+	// Only what is older than what was just read: a newer one may have come since.
 	_, err = tx.NewDelete().Model((*OutboxMessage)(nil)).Where("key IN (?)", bun.List(keys)).Where(`"coalesce"`).
-		Where("id NOT IN (?)", bun.List(ids)).Exec(ctx)
+		Where("EXISTS (SELECT 1 FROM outbox AS n WHERE n.id IN (?) AND n.key = outbox.key AND n.id > outbox.id)", bun.List(ids)).Exec(ctx)
 	return newest, err
 }
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -116,6 +117,44 @@ func TestOutboxKeepsOrderPerKey(t *testing.T) {
 		wg.Wait()
 		for k := range keys {
 			eq(t, fmt.Sprint("order of key ", k), sent[fmt.Sprint("k", k)], "01234567")
+		}
+	})
+}
+
+// TestOutboxKeepsTheNewest: what comes while older messages of its key are
+// superseded is not superseded with them.
+func TestOutboxKeepsTheNewest(t *testing.T) {
+	testenv.Databases(t, func(t *testing.T, url string) {
+		r := outboxRig(t, url)
+		for round := range 150 {
+			var writer sync.WaitGroup
+			var written atomic.Bool
+			last := ""
+			writer.Go(func() {
+				for i := range 6 {
+					last = fmt.Sprintf("%d-%d", round, i)
+					if err := r.InsertRun(t.Context(), &store.Run{ID: "r" + last, State: store.RunQueued, Reason: "c*:" + last}, nil); err != nil {
+						t.Error(err)
+					}
+				}
+				written.Store(true)
+			})
+			sent := ""
+			for {
+				over := written.Load()
+				msgs, err := r.OutboxClaim(t.Context(), "o", 10, time.Hour)
+				must(t, err)
+				var ids []int64
+				for _, m := range msgs {
+					ids, sent = append(ids, m.ID), string(m.Body)
+				}
+				must(t, r.OutboxDone(t.Context(), ids...))
+				if over && len(msgs) == 0 {
+					break
+				}
+			}
+			writer.Wait()
+			eq(t, "sent last", sent, last)
 		}
 	})
 }
