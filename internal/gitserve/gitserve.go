@@ -25,6 +25,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -63,15 +64,24 @@ type Config struct {
 	// MaxConcurrent bounds the requests that are served at once, others wait;
 	// 0: 16.
 	MaxConcurrent int
+	// MaxPerAttempt bounds those of one attempt, waiting or served; more are
+	// refused, so that no guest takes all places; 0: 4.
+	MaxPerAttempt int
 	// Timeout bounds one request, waiting included; 0: 30 minutes.
 	Timeout time.Duration
-	Logger  *slog.Logger // nil: discards
+	// Stall is how long a guest may take to accept what it is sent next, at
+	// most some 32 KiB; 0: 1 minute.
+	Stall  time.Duration
+	Logger *slog.Logger // nil: discards
 }
 
 // Handler serves guests; see the package comment.
 type Handler struct {
 	c     Config
 	slots *semaphore.Weighted
+
+	mu   sync.Mutex
+	busy map[string]int // requests by attempt
 }
 
 // New checks the configuration.
@@ -90,13 +100,19 @@ func New(c Config) (*Handler, error) {
 	if c.MaxConcurrent <= 0 {
 		c.MaxConcurrent = 16
 	}
+	if c.MaxPerAttempt <= 0 {
+		c.MaxPerAttempt = 4
+	}
 	if c.Timeout <= 0 {
 		c.Timeout = 30 * time.Minute
+	}
+	if c.Stall <= 0 {
+		c.Stall = time.Minute
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Handler{c: c, slots: semaphore.NewWeighted(int64(c.MaxConcurrent))}, nil
+	return &Handler{c: c, slots: semaphore.NewWeighted(int64(c.MaxConcurrent)), busy: map[string]int{}}, nil
 }
 
 // Close releases idle connections to forges.
@@ -167,8 +183,29 @@ func validAttempt(s string) bool {
 	return s != "" && len(s) <= maxAttempt
 }
 
+// enter takes a place for a request of an attempt, if it has one left.
+func (h *Handler) enter(attempt string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.busy[attempt] >= h.c.MaxPerAttempt {
+		return false
+	}
+	h.busy[attempt]++
+	return true
+}
+
+func (h *Handler) leave(attempt string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.busy[attempt]--; h.busy[attempt] == 0 {
+		delete(h.busy, attempt)
+	}
+}
+
 // ServeHTTP implements http.Handler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	out := &response{ResponseWriter: w, stall: h.c.Stall}
+	defer out.patience(h.c.Stall) // the server sends the end of the answer
 	attempt, a := route(r.Method, r.URL)
 	if a == deny {
 		h.c.Logger.DebugContext(r.Context(), "git request refused", "method", r.Method, "path", clip(r.URL.Path))
@@ -191,13 +228,18 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		plain(w, code)
 		return
 	}
+	if !h.enter(attempt) {
+		log.WarnContext(ctx, "git request refused: the attempt has too many")
+		plain(w, http.StatusServiceUnavailable)
+		return
+	}
+	defer h.leave(attempt)
 	if err := h.slots.Acquire(ctx, 1); err != nil {
 		log.WarnContext(ctx, "git request gave up waiting", "error", err)
 		plain(w, http.StatusServiceUnavailable)
 		return
 	}
 	defer h.slots.Release(1)
-	out := &response{ResponseWriter: w}
 	switch {
 	case a == archive && src.Clone.Dir != "":
 		err = h.archive(ctx, out, src.Clone.Dir, src.Commit)
@@ -266,13 +308,30 @@ func (a action) String() string {
 type response struct {
 	http.ResponseWriter
 	begun bool
+	stall time.Duration
+}
+
+// patience sets for how long the guest may take to accept what is sent next,
+// 0: for ever. One that does not take it would keep a place that others wait
+// for.
+func (w *response) patience(d time.Duration) {
+	var end time.Time
+	if d > 0 {
+		end = time.Now().Add(d)
+	}
+	// Where there are no deadlines, as in a test's recorder, nobody stalls.
+	_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(end)
 }
 
 func (w *response) Write(p []byte) (int, error) {
 	w.begun = true
+	w.patience(w.stall)
 	n, err := w.ResponseWriter.Write(p)
 	if err == nil {
 		err = http.NewResponseController(w.ResponseWriter).Flush()
+	}
+	if err == nil {
+		w.patience(0) // git may think for long about what comes next
 	}
 	return n, err
 }

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -535,4 +537,54 @@ func TestUnavailable(t *testing.T) {
 			t.Errorf("%s: %s", name, resp.Status)
 		}
 	}
+}
+
+// A guest that takes nothing of what it asked for keeps neither the places of
+// others nor, for long, its own.
+func TestGuestStalls(t *testing.T) {
+	o := newOrigin(t)
+	noise := make([]byte, 32<<20) // more than fits into sockets and pipes
+	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
+	o.write("noise", string(noise), 0o644)
+	src := Source{Clone: forge.Clone{Dir: o.dir}, Commit: o.commit("noise")}
+	anyone := func(c *Config) {
+		c.Authorize = func(context.Context, *http.Request, string) (Source, error) { return src, nil }
+	}
+	stall := func(t *testing.T, server *httptest.Server, url string) {
+		t.Helper()
+		transport := server.Client().Transport.(*http.Transport).Clone()
+		transport.ForceAttemptHTTP2, transport.TLSNextProto = false, map[string]func(string, *tls.Conn) http.RoundTripper{}
+		transport.TLSClientConfig.NextProtos = nil
+		t.Cleanup(transport.CloseIdleConnections)
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := (&http.Client{Transport: transport}).Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { resp.Body.Close() })
+		if resp.StatusCode != http.StatusOK || resp.ProtoMajor != 1 {
+			t.Fatalf("%s over %s", resp.Status, resp.Proto)
+		}
+	}
+	t.Run("per attempt", func(t *testing.T) {
+		server, base, _ := serve(t, o.git, src, func(c *Config) { anyone(c); c.MaxPerAttempt = 1 })
+		stall(t, server, base+".tar")
+		if resp := get(t, server, base+"/info/refs?service=git-upload-pack", nil); resp.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("one more of the same attempt: %s", resp.Status)
+		}
+		other := server.URL + "/git/other"
+		if resp := get(t, server, other+"/info/refs?service=git-upload-pack", nil); resp.StatusCode != http.StatusOK {
+			t.Errorf("another attempt: %s", resp.Status)
+		}
+	})
+	t.Run("place", func(t *testing.T) {
+		server, base, _ := serve(t, o.git, src, func(c *Config) { anyone(c); c.MaxConcurrent, c.Stall = 1, 200*time.Millisecond })
+		stall(t, server, base+".tar")
+		if resp := get(t, server, base+"/info/refs?service=git-upload-pack", nil); resp.StatusCode != http.StatusOK {
+			t.Errorf("after one that stalls: %s", resp.Status)
+		}
+	})
 }
