@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -83,7 +84,7 @@ func (e *Engine) serve(ctx context.Context) (stop func(), err error) {
 	split := newALPNSplit(e.listener, &tls.Config{
 		MinVersion:     tls.VersionTLS13,
 		GetCertificate: e.cfg.AgentTLS.GetCertificate,
-	})
+	}, maxStrangers)
 	g := grpc.NewServer(
 		grpc.Creds(handshaken{}), grpc.WaitForHandlers(true),
 		grpc.StatsHandler(otelgrpc.NewServerHandler(otelgrpc.WithTracerProvider(e.cfg.TracerProvider), otelgrpc.WithMeterProvider(e.cfg.MeterProvider))),
@@ -96,12 +97,19 @@ func (e *Engine) serve(ctx context.Context) (stop func(), err error) {
 	agentv1.RegisterAgentServiceServer(g, &agentService{e: e})
 	h := &http.Server{
 		Handler: source,
-		// Bodies and answers are packs: long, so only the headers are timed.
+		// A body names commits and is short; answers are packs, and long.
 		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       time.Minute,
 		IdleTimeout:       30 * time.Second,
 		MaxHeaderBytes:    16 << 10,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ErrorLog:          slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if t, ok := c.(*tls.Conn); ok {
+				ctx = context.WithValue(ctx, guestConnKey{}, t.NetConn())
+			}
+			return ctx
+		},
+		ErrorLog: slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
 	}
 	var wg sync.WaitGroup
 	wg.Add(3)
@@ -135,7 +143,33 @@ func (handshaken) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, e
 	if !ok {
 		return nil, nil, errors.New("solstice: connection without TLS")
 	}
-	return c, credentials.TLSInfo{State: t.ConnectionState(), CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}}, nil
+	g, _ := t.NetConn().(*guestConn)
+	return c, guestInfo{
+		TLSInfo: credentials.TLSInfo{State: t.ConnectionState(), CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}},
+		conn:    g,
+	}, nil
+}
+
+// guestInfo says which connection a call came by.
+type guestInfo struct {
+	credentials.TLSInfo
+	conn *guestConn
+}
+
+type guestConnKey struct{} // of an HTTP request's context; its value is a net.Conn
+
+// trusted notes that the peer of a call has shown who it is, until done.
+func trusted(ctx context.Context) (done func()) {
+	g, _ := ctx.Value(guestConnKey{}).(*guestConn)
+	if p, ok := peer.FromContext(ctx); ok {
+		if i, ok := p.AuthInfo.(guestInfo); ok {
+			g = i.conn
+		}
+	}
+	if g == nil {
+		return func() {}
+	}
+	return g.trust()
 }
 
 func (handshaken) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -154,10 +188,16 @@ type alpnSplit struct {
 	l         net.Listener
 	cfg       *tls.Config
 	h2, http1 *connListener
-	slots     chan struct{} // handshakes under way
+	strangers *strangers
+	ctx       context.Context // of handshakes
+	cancel    context.CancelFunc
 }
 
-func newALPNSplit(l net.Listener, cfg *tls.Config) *alpnSplit {
+// maxStrangers is far above the agents that connect at once, and far below
+// what file descriptors a process may have.
+const maxStrangers = 1024
+
+func newALPNSplit(l net.Listener, cfg *tls.Config, limit int) *alpnSplit {
 	only := func(proto string) *tls.Config {
 		c := cfg.Clone()
 		c.NextProtos = []string{proto}
@@ -173,42 +213,52 @@ func newALPNSplit(l net.Listener, cfg *tls.Config) *alpnSplit {
 		}
 		return h2, nil
 	}
+	ctx, cancel := context.WithCancel(context.Background())
 	return &alpnSplit{
-		l: l, cfg: outer, slots: make(chan struct{}, 256),
+		l: l, cfg: outer, strangers: newStrangers(limit), ctx: ctx, cancel: cancel,
 		h2: newConnListener(l.Addr()), http1: newConnListener(l.Addr()),
 	}
 }
 
+// serve ends after close, with all handshakes.
 func (s *alpnSplit) serve() {
+	var shaking sync.WaitGroup
+	defer shaking.Wait()
 	for {
 		c, err := s.l.Accept()
 		if err != nil {
-			if errors.Is(err, net.ErrClosed) {
+			if errors.Is(err, net.ErrClosed) || s.ctx.Err() != nil {
 				return
 			}
-			time.Sleep(5 * time.Millisecond) // out of file descriptors: closing ones will free some
+			s.strangers.relieve() // most likely we are out of file descriptors
+			select {
+			case <-s.ctx.Done():
+			case <-time.After(5 * time.Millisecond):
+			}
 			continue
 		}
-		s.slots <- struct{}{}
-		go func() {
-			defer func() { <-s.slots }()
-			t := tls.Server(c, s.cfg)
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-			defer cancel()
-			if err := t.HandshakeContext(ctx); err != nil {
-				_ = c.Close()
-				return
-			}
-			to := s.http1
-			if t.ConnectionState().NegotiatedProtocol == "h2" {
-				to = s.h2
-			}
-			to.hand(t)
-		}()
+		g := s.strangers.admit(c)
+		shaking.Go(func() { s.handshake(g) })
 	}
 }
 
+func (s *alpnSplit) handshake(g *guestConn) {
+	t := tls.Server(g, s.cfg)
+	ctx, cancel := context.WithTimeout(s.ctx, 10*time.Second)
+	defer cancel()
+	if err := t.HandshakeContext(ctx); err != nil {
+		_ = g.Close()
+		return
+	}
+	to := s.http1
+	if t.ConnectionState().NegotiatedProtocol == "h2" {
+		to = s.h2
+	}
+	to.hand(t)
+}
+
 func (s *alpnSplit) close() {
+	s.cancel()
 	_ = s.l.Close()
 	_ = s.h2.Close()
 	_ = s.http1.Close()
@@ -289,6 +339,7 @@ func (e *Engine) authorizeSource(ctx context.Context, r *http.Request, attemptID
 	if err != nil {
 		return gitserve.Source{}, fmt.Errorf("clone access: %w", err)
 	}
+	context.AfterFunc(ctx, trusted(ctx)) // which ends with the request
 	return gitserve.Source{Clone: clone, Commit: run.Commit}, nil
 }
 

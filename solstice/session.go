@@ -81,6 +81,7 @@ func (e *Engine) attach(stream agentStream, m *store.Machine) error {
 		return err
 	}
 	defer e.unregister(s)
+	defer trusted(ctx)() // one stream of a machine is, however many it opens
 	err = s.serve(hello)
 	if cause := context.Cause(ctx); errors.Is(cause, errReplaced) {
 		return status.Error(codes.Aborted, "the agent attached anew")
