@@ -54,7 +54,8 @@ func (t *RunTx) StartAttempt(ctx context.Context, ref AttemptRef, deadline time.
 
 // FinishAttempt records the end of the journal: the attempt is finished, its
 // job ends as f.State, and its machine is to be destroyed. A repeat of what was
-// recorded at the same epoch changes nothing.
+// recorded at the same epoch changes nothing. A journal or log shorter than
+// what was acknowledged before is ErrStale.
 func (t *RunTx) FinishAttempt(ctx context.Context, ref AttemptRef, f Finish) error {
 	if !f.State.Terminal() {
 		return wrongState("job of attempt", ref.ID, f.State)
@@ -76,6 +77,9 @@ func (t *RunTx) finish(ctx context.Context, ref AttemptRef, f Finish, retry bool
 	}
 	if err != nil {
 		return err
+	}
+	if f.AckedSeq < a.AckedSeq || f.LogSize < a.LogSize {
+		return wrongState("attempt", a.ID, "further already")
 	}
 	from := a.State
 	a.State, a.Class, a.Reason, a.Result, a.FinishedAt = AttemptFinished, f.Class, f.Reason, string(f.State), t.Now
@@ -183,13 +187,13 @@ func (t *RunTx) afterAttempt(ctx context.Context, a *Attempt, j *Job, class, rea
 
 // Progress moves an attempt's acknowledged sequence and log size, with what the
 // acknowledged events say about steps, and notes its agent as alive. It refuses
-// with ErrStale unless the epoch is current, the attempt live and acked beyond
-// what was acknowledged before.
+// with ErrStale unless the epoch is current, the attempt live, acked beyond
+// what was acknowledged before, and the log no shorter.
 func (s *Store) Progress(ctx context.Context, ref AttemptRef, acked, logSize int64, steps []*Step) error {
 	err := s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
 		ok, err := changed(tx.NewUpdate().Model((*Attempt)(nil)).
 			Set("acked_seq = ?, log_size = ?, contact_at = ?", acked, logSize, now).
-			Where("id = ? AND epoch = ? AND acked_seq < ?", ref.ID, ref.Epoch, acked).Where(liveAttempt).Exec(ctx))
+			Where("id = ? AND epoch = ? AND acked_seq < ? AND log_size <= ?", ref.ID, ref.Epoch, acked, logSize).Where(liveAttempt).Exec(ctx))
 		if err != nil {
 			return err
 		}

@@ -139,6 +139,30 @@ func TestLifeOfAJob(t *testing.T) {
 	})
 }
 
+// What was acknowledged is never taken back.
+func TestAcknowledgedStays(t *testing.T) {
+	both(t, func(t *testing.T, r *rig) {
+		run, _ := r.run(nil)
+		c, ref := r.attached()
+		must(t, r.Progress(t.Context(), ref, 5, 100, nil))
+		wantErr(t, r.Progress(t.Context(), ref, 6, 99, nil), store.ErrStale)
+		for what, f := range map[string]store.Finish{
+			"journal": {State: store.JobSucceeded, AckedSeq: 4, LogSize: 100},
+			"log":     {State: store.JobSucceeded, AckedSeq: 6, LogSize: 99},
+		} {
+			if err := r.finish(c, ref, f); !errors.Is(err, store.ErrStale) {
+				t.Errorf("a shorter %s: %v, want ErrStale", what, err)
+			}
+			_, err := r.in(run.ID, func(ctx context.Context, tx *store.RunTx) error { return tx.RetryAttempt(ctx, ref, f) })
+			wantErr(t, err, store.ErrStale)
+		}
+		must(t, r.finish(c, ref, store.Finish{State: store.JobSucceeded, AckedSeq: 6, LogSize: 100}))
+		a := r.attempt(ref.ID)
+		eq(t, "acknowledged", a.AckedSeq, 6)
+		eq(t, "log", a.LogSize, 100)
+	})
+}
+
 // Nothing changes what is over.
 func TestTerminalStatesStay(t *testing.T) {
 	both(t, func(t *testing.T, r *rig) {
