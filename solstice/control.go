@@ -275,6 +275,15 @@ func (e *Engine) Attempts(ctx context.Context, jobID string) ([]Attempt, error) 
 	return out, nil
 }
 
+// Attempt gives one attempt; unknown wraps ErrNotFound.
+func (e *Engine) Attempt(ctx context.Context, attemptID string) (Attempt, error) {
+	a, err := e.store.Attempt(ctx, attemptID)
+	if err != nil {
+		return Attempt{}, e.publicError("attempt "+attemptID, err)
+	}
+	return publicAttempt(a), nil
+}
+
 // Steps lists the steps of an attempt that have begun, in order.
 func (e *Engine) Steps(ctx context.Context, attemptID string) ([]Step, error) {
 	rows, err := e.store.Steps(ctx, attemptID)

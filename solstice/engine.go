@@ -31,6 +31,10 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice/logstream/bloblog"
 )
 
+// ErrSchema: the database's schema is not this version's; the error says which
+// is older. New and Migrate wrap it.
+var ErrSchema = store.ErrSchema
+
 // Migrate brings a database to the schema of this version; it is safe to call
 // from several processes at once.
 func Migrate(ctx context.Context, db *bun.DB) error { return store.Migrate(ctx, db) }

@@ -89,6 +89,7 @@ type Run struct {
 	Ref          string                `json:"ref,omitempty"`
 	Workflow     string                `json:"workflow"` // its name
 	WorkflowPath string                `json:"workflow_path"`
+	Event        forge.Kind            `json:"event"` // of a rerun, the first run's
 	RerunOf      string                `json:"rerun_of,omitempty"`
 	Reason       string                `json:"reason,omitempty"` // for people
 	Diagnostics  []workflow.Diagnostic `json:"diagnostics,omitempty"`
@@ -175,7 +176,8 @@ func encode(v any) json.RawMessage {
 func publicRun(r *store.Run, jobs []*store.Job) Run {
 	out := Run{
 		ID: r.ID, State: RunState(r.State), Forge: r.Forge, Repo: decode[forge.Repo](r.Repo),
-		Commit: r.Commit, Ref: r.Ref, Workflow: r.WorkflowName, WorkflowPath: r.WorkflowPath, RerunOf: r.RerunOf,
+		Commit: r.Commit, Ref: r.Ref, Workflow: r.WorkflowName, WorkflowPath: r.WorkflowPath,
+		Event: decode[forge.Event](r.Event).Kind, RerunOf: r.RerunOf,
 		Reason: r.Reason, Diagnostics: decode[[]workflow.Diagnostic](r.Diagnostics),
 		CreatedAt: timeOf(r.CreatedAt), StartedAt: timeOf(r.StartedAt), FinishedAt: timeOf(r.FinishedAt),
 	}
