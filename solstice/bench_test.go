@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -155,18 +156,19 @@ func startBareServer(b *testing.B) (string, []byte) {
 
 // benchPlant is an engine as the embedded daemon has it: SQLite, its queue, its
 // logs, the process pool, with production's clocks.
-func benchPlant(b *testing.B, slots int, edit ...func(*solstice.Config)) (*solstice.Engine, string) {
+func benchPlant(b *testing.B, slots int, edit ...func(*solstice.Config)) (*solstice.Engine, *plant) {
 	b.Helper()
 	dir := b.TempDir()
 	p := newPlant(b, "sqlite:"+filepath.Join(dir, "solstice.db"))
 	p.Timing, p.Capacity = solstice.Timing{}, slots
+	b.Cleanup(func() { p.destroyAll(b) }) // warm machines outlive the engine
 	logs, err := filelog.Open(filepath.Join(dir, "logs"), filelog.Options{})
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = logs.Close() })
 	eng, _ := p.start(b, append([]func(*solstice.Config){silent, func(c *solstice.Config) { c.Logs = logs }}, edit...)...)
-	return eng, p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
+	return eng, p
 }
 
 func silent(c *solstice.Config) { c.Logger = nil }
@@ -204,7 +206,8 @@ func engineJobs(b *testing.B, eng *solstice.Engine, commit string, n, width int)
 func BenchmarkTrivialJobs(b *testing.B) {
 	const slots, round = 64, 128
 	addr, ca := startBareServer(b)
-	eng, commit := benchPlant(b, slots)
+	eng, p := benchPlant(b, slots)
+	commit := p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
 	var bare, ours time.Duration
 	b.ResetTimer()
 	for range b.N {
@@ -215,4 +218,98 @@ func BenchmarkTrivialJobs(b *testing.B) {
 	b.ReportMetric(n/bare.Seconds(), "bare/s")
 	b.ReportMetric(n/ours.Seconds(), "jobs/s")
 	b.ReportMetric(bare.Seconds()/ours.Seconds(), "x-bare")
+}
+
+// percentiles reports the median and the 99th percentile of durations.
+func percentiles(b *testing.B, unit string, ds []time.Duration) {
+	b.Helper()
+	slices.Sort(ds)
+	at := func(p int) float64 { return float64(ds[min(len(ds)*p/100, len(ds)-1)].Microseconds()) / 1000 }
+	b.ReportMetric(at(50), unit+"-p50-ms")
+	b.ReportMetric(at(99), unit+"-p99-ms")
+}
+
+// BenchmarkIdleJob measures one trivial job at a time, from Submit until a
+// watcher sees its end and until a follower has its first line, beside a bare
+// agent.
+func BenchmarkIdleJob(b *testing.B) {
+	for _, warm := range []int{0, 1} {
+		b.Run(fmt.Sprintf("warm=%d", warm), func(b *testing.B) {
+			addr, ca := startBareServer(b)
+			eng, p := benchPlant(b, 4, func(c *solstice.Config) { c.Pools[0].Warm = warm })
+			commit := p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
+			var bare, over, line []time.Duration
+			b.ResetTimer()
+			for range b.N {
+				if warm > 0 {
+					awaitWarm(b, eng)
+				}
+				start := time.Now()
+				run := submitTrivial(b, eng, commit)
+				var follower sync.WaitGroup
+				follower.Go(func() {
+					for c, err := range eng.FollowJob(b.Context(), run.Jobs[0].ID) {
+						if err != nil {
+							b.Error(err)
+						}
+						if len(c.Chunk.Data) > 0 {
+							line = append(line, time.Since(start))
+							return
+						}
+					}
+				})
+				for _, err := range eng.Watch(b.Context(), run.ID) {
+					if err != nil {
+						b.Fatal(err)
+					}
+				}
+				over = append(over, time.Since(start))
+				follower.Wait()
+				bare = append(bare, bareJobs(b, addr, ca, 1, 1))
+			}
+			percentiles(b, "bare", bare)
+			percentiles(b, "finished", over)
+			percentiles(b, "first-line", line)
+		})
+	}
+}
+
+// awaitWarm waits until a machine of the pool is ready.
+func awaitWarm(b *testing.B, eng *solstice.Engine) {
+	b.Helper()
+	for {
+		machines, err := eng.Machines(b.Context(), solstice.MachineFilter{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		for _, m := range machines {
+			if m.State == "ready" {
+				return
+			}
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// BenchmarkMillionLines runs seq 1000000: until the job is over, its log sealed,
+// and a follower has all of it.
+func BenchmarkMillionLines(b *testing.B) {
+	const size = 6888896
+	eng, p := benchPlant(b, 1)
+	commit := p.commit(b, map[string]string{".solstice/workflow.yaml": "checkout: false\njobs: { a: { steps: [ { run: seq 1000000 } ] } }\n"})
+	b.SetBytes(size)
+	b.ResetTimer()
+	for range b.N {
+		run := submitTrivial(b, eng, commit)
+		n := 0
+		for c, err := range eng.FollowJob(b.Context(), run.Jobs[0].ID) {
+			if err != nil {
+				b.Fatal(err)
+			}
+			n += len(c.Chunk.Data)
+		}
+		if n != size {
+			b.Fatalf("%d bytes of log, want %d", n, size)
+		}
+	}
 }

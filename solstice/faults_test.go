@@ -52,7 +52,7 @@ func readyMachines(t *testing.T, p *plant) (ids []string) {
 
 // destroyAll removes the machines that a stopped engine left alive, as it
 // should: agents of warm machines wait for another engine.
-func (p *plant) destroyAll(t *testing.T) {
+func (p *plant) destroyAll(t testing.TB) {
 	t.Helper()
 	prov, err := processvm.New(processvm.Config{Root: p.machinesDir(), Command: []string{"/bin/false"}})
 	if err != nil {

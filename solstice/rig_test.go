@@ -359,7 +359,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 func machinesOf(t testing.TB, p vmprovider.Provider) []vmprovider.Instance {
 	t.Helper()
 	var out []vmprovider.Instance
-	for m, err := range p.List(t.Context(), vmprovider.ListOptions{}) {
+	for m, err := range p.List(context.WithoutCancel(t.Context()), vmprovider.ListOptions{}) {
 		if err != nil {
 			t.Fatal(err)
 		}
