@@ -234,12 +234,12 @@ func TestSetupAndWorkdir(t *testing.T) {
 	}
 	s := newServer(t)
 	s.spec = jobOf(
-		script(`mkdir sub; echo 'echo plain' >plain.sh; echo 'echo no-shebang' >exec.sh; chmod +x exec.sh
+		script(`mkdir sub; echo 'echo plain' >plain.sh; echo 'echo no-shebang in ${PWD##*/}' >exec.sh; chmod +x exec.sh
 			printf '#!/bin/sh\necho shebang\n' >sub/bang.sh; chmod +x sub/bang.sh`),
 		setup("plain.sh"), setup("exec.sh"), setup("sub/bang.sh"), at("sub"),
 	)
 	checkResult(t, s.run(), succeeded, classNone)
-	if got, want := s.logText(), "plain\nno-shebang\nshebang\nin sub\n"; got != want {
+	if got, want := s.logText(), "plain\nno-shebang in "+filepath.Base(s.config().WorkDir)+"\nshebang\nin sub\n"; got != want {
 		t.Errorf("log %q, want %q", got, want)
 	}
 	for _, bad := range []*agentv1.Step{

@@ -51,7 +51,9 @@ func (j *job) step(ctx context.Context, w *watch, i int, st *agentv1.Step) outco
 	}
 	p, err := j.procs.start(cmd, j.sink(i))
 	if errors.Is(err, syscall.ENOEXEC) && st.GetKind() == agentv1.StepKind_STEP_KIND_SETUP {
+		dir := cmd.Dir
 		if cmd, err = s.shell("", cmd.Path); err == nil {
+			cmd.Dir = dir
 			p, err = j.procs.start(cmd, j.sink(i))
 		}
 	}
