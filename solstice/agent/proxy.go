@@ -82,6 +82,13 @@ func (p *sourceProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
+	// The answer may begin before the transport has looked for the end of the
+	// request, which would then be closed under it and break the connection.
+	if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
+		p.fail(err)
+		http.Error(w, "cannot answer", http.StatusInternalServerError)
+		return
+	}
 	u := "https://" + ServerName + r.URL.Path
 	if refs {
 		u += "?" + r.URL.RawQuery
