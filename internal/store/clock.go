@@ -66,7 +66,7 @@ type processClock struct {
 	mu      sync.Mutex
 	started bool
 	base    int64 // time when elapsed was 0
-	mark    int64 // last written or read
+	mark    int64 // last read
 }
 
 // Now implements Clock.
@@ -101,10 +101,9 @@ func (c *processClock) Now(ctx context.Context, db bun.IDB) (int64, error) {
 		if _, err := db.NewRaw("UPDATE meta SET value = ? WHERE key = 'clock'", strconv.FormatInt(now, 10)).Exec(ctx); err != nil {
 			return 0, fmt.Errorf("store: clock: %w", err)
 		}
-		mark = now
 	}
 	c.mu.Lock()
-	c.mark = max(c.mark, mark)
+	c.mark = max(c.mark, mark) // as read: what was written may be rolled back
 	c.mu.Unlock()
 	return now, nil
 }

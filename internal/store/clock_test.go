@@ -70,6 +70,35 @@ func TestProcessClock(t *testing.T) {
 	eq(t, "outside a transaction", time.UnixMicro(now).Sub(start), ahead+2*time.Minute+2*time.Second)
 }
 
+// A transaction that is rolled back does not move the mark; the next one does.
+func TestProcessClockAfterARollback(t *testing.T) {
+	db := open(t, testenv.SQLite(t))
+	must(t, store.Migrate(t.Context(), db))
+	c := &twoClocks{wall: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)}
+	clock := c.process(db)
+	read := func(result error) int64 {
+		t.Helper()
+		var now int64
+		err := sqldb.InTx(t.Context(), db, func(ctx context.Context, tx bun.Tx) (err error) {
+			if now, err = clock.Now(ctx, tx); err != nil {
+				return err
+			}
+			return result
+		})
+		wantErr(t, err, result)
+		return now
+	}
+	read(nil)
+	c.run(time.Hour)
+	read(store.ErrStale)
+	last := read(nil)
+	c.wall = c.wall.Add(-24 * time.Hour)
+	clock = c.process(db)
+	if again := read(nil); again < last-1e6 {
+		t.Errorf("a new process is %v behind the last commit", time.Duration(last-again)*time.Microsecond)
+	}
+}
+
 func TestOffsetAndProgress(t *testing.T) {
 	both(t, func(t *testing.T, r *rig) {
 		last, err := r.Now(t.Context())
