@@ -38,6 +38,10 @@ import (
 // and what surrounds them fit in with room to spare.
 const maxEventBytes = 1 << 20
 
+// maxEvents bounds the events of one message, which as objects take more room
+// than the bytes they came in; agents send some 32 KiB at once.
+const maxEvents = 8 << 10
+
 // listen opens the agents' listener, so that its address is known before Run.
 func (e *Engine) listen(ctx context.Context) error {
 	if e.cfg.AgentTLS == nil {
@@ -419,7 +423,7 @@ func (s *agentService) Enroll(ctx context.Context, r *agentv1.EnrollRequest) (*a
 	nonce := sha256.Sum256(r.GetNonce())
 	m, err := e.store.Enroll(ctx, store.EnrollRequest{
 		TokenHash: hashToken(r.GetToken()), NonceHash: hex.EncodeToString(nonce[:]), CredHash: hashToken(cred),
-		OS: clip(r.GetOs(), 32), Arch: clip(r.GetArch(), 32), Version: clip(r.GetVersion(), 64), Protocol: int(protocol), HasGit: r.GetHasGit(),
+		OS: text(r.GetOs(), 32), Arch: text(r.GetArch(), 32), Version: text(r.GetVersion(), 64), Protocol: int(protocol), HasGit: r.GetHasGit(),
 	})
 	if err != nil {
 		return nil, e.rpcError(ctx, "enroll", err)

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/solstice-ci/solstice-go/internal/store"
@@ -211,6 +213,9 @@ func (s *session) serve(hello *agentv1.Hello) error {
 func (s *session) receive(ended chan<- error) {
 	for {
 		m, err := s.stream.Recv()
+		if n := len(m.GetEvents().GetEvents()); err == nil && n > maxEvents {
+			err = status.Errorf(codes.InvalidArgument, "a batch of %d events: %d are allowed", n, maxEvents)
+		}
 		if err != nil {
 			ended <- err
 			return
@@ -341,11 +346,11 @@ func (s *session) handle(m *agentv1.AttachRequest) (over bool, err error) {
 				return false, status.Error(codes.FailedPrecondition, "journal without an attempt")
 			}
 			events := msg.Events.GetEvents()
-			for size := len(events); next == nil && size < 256; size = len(events) {
+			for size := proto.Size(m); len(events) < 256 && size < maxEventBytes; {
 				select {
 				case next = <-s.in:
 					if ev := next.GetEvents(); ev != nil {
-						events = append(events, ev.GetEvents()...)
+						events, size = append(events, ev.GetEvents()...), size+proto.Size(next)
 						next = nil
 						continue
 					}
@@ -387,6 +392,19 @@ type batch struct {
 	finished *agentv1.JobFinished
 }
 
+// text makes what an agent says fit for a column: at most n bytes, and no NUL,
+// which PostgreSQL refuses.
+func text(v string, n int) string {
+	return clip(strings.ReplaceAll(v, "\x00", "\uFFFD"), n)
+}
+
+// moment is the time of an event by the agent's clock, which may be wrong, but
+// not by more than a day around the attempt: nobody could show such times.
+func (s *session) moment(ev *agentv1.Event) int64 {
+	const day = int64(24 * time.Hour / time.Microsecond)
+	return min(max(ev.GetTimeMicros(), s.attempt.CreatedAt-day), time.Now().UnixMicro()+day)
+}
+
 // collect validates events and gathers what has to be stored. Events that are
 // acknowledged already are skipped; a gap is refused.
 func (s *session) collect(events []*agentv1.Event) (*batch, error) {
@@ -412,7 +430,7 @@ func (s *session) collect(events []*agentv1.Event) (*batch, error) {
 			if len(l.GetData()) == 0 {
 				continue
 			}
-			b.marks = append(b.marks, logstream.Mark{Offset: l.GetLogOffset(), Time: time.UnixMicro(ev.GetTimeMicros()), Step: int(l.GetStep()), FD: int(l.GetFd())})
+			b.marks = append(b.marks, logstream.Mark{Offset: l.GetLogOffset(), Time: time.UnixMicro(s.moment(ev)), Step: int(l.GetStep()), FD: int(l.GetFd())})
 			if b.data == nil {
 				b.data = l.GetData() // the message is ours: the common single chunk is not copied
 			} else {
@@ -423,7 +441,7 @@ func (s *session) collect(events []*agentv1.Event) (*batch, error) {
 			if err != nil {
 				return nil, err
 			}
-			st.StartedAt = ev.GetTimeMicros()
+			st.StartedAt = s.moment(ev)
 			touched[st.Idx] = true
 		case *agentv1.Event_StepFinished:
 			f := x.StepFinished
@@ -431,8 +449,8 @@ func (s *session) collect(events []*agentv1.Event) (*batch, error) {
 			if err != nil {
 				return nil, err
 			}
-			st.Result, st.ExitCode, st.Signal, st.Reason = resultName(f.GetResult()), int(f.GetExitCode()), clip(f.GetSignal(), 32), clip(f.GetReason(), 1024)
-			st.Continued, st.FinishedAt, st.Outputs = f.GetContinued(), ev.GetTimeMicros(), encode(f.GetOutputs())
+			st.Result, st.ExitCode, st.Signal, st.Reason = resultName(f.GetResult()), int(f.GetExitCode()), text(f.GetSignal(), 32), text(f.GetReason(), 1024)
+			st.Continued, st.FinishedAt, st.Outputs = f.GetContinued(), s.moment(ev), encode(f.GetOutputs())
 			touched[st.Idx] = true
 		case *agentv1.Event_Truncated:
 			s.e.log.InfoContext(s.ctx, "log truncated", "attempt", s.attempt.ID, "job_id", s.job.ID, "from", x.Truncated.GetFrom(), "to", x.Truncated.GetTo(), "reason", clip(x.Truncated.GetReason(), 200))
@@ -543,7 +561,7 @@ func (s *session) finish(ctx context.Context, b *batch, size int64) error {
 	if err := e.logs.Seal(ctx, s.attempt.LogStream, seal); err != nil {
 		return s.logError(err)
 	}
-	fin := store.Finish{Reason: clip(f.GetReason(), 2048), Outputs: encode(f.GetOutputs()), AckedSeq: b.last, LogSize: size, Steps: b.steps}
+	fin := store.Finish{Reason: text(f.GetReason(), 2048), Outputs: encode(f.GetOutputs()), AckedSeq: b.last, LogSize: size, Steps: b.steps}
 	var retried bool
 	err := e.withRun(ctx, s.run.ID, func(ctx context.Context, t *store.RunTx) error {
 		end := fin
