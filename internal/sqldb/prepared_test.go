@@ -99,8 +99,9 @@ func TestPrepared(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer rows.Close()
 	for seen := 0; ; seen++ {
-		if !rows.Next() {
+		if !rows.Next() { // which closes them
 			if seen != 5 || rows.Err() != nil {
 				t.Errorf("%d rows, %v", seen, rows.Err())
 			}
@@ -113,9 +114,6 @@ func TestPrepared(t *testing.T) {
 		if err := tx.QueryRowContext(t.Context(), "SELECT count(*) FROM t WHERE n < 103").Scan(&inner); err != nil || inner != 3 {
 			t.Errorf("%d, %v", inner, err)
 		}
-	}
-	if err := rows.Close(); err != nil {
-		t.Error(err)
 	}
 	exec(tx, "UPDATE t SET n = 999 WHERE id = 'id-7'")
 	if err := tx.Rollback(); err != nil {
