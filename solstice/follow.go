@@ -26,11 +26,11 @@ func (e *Engine) Watch(ctx context.Context, runID string) iter.Seq2[Run, error] 
 		for {
 			row, err := e.store.Run(ctx, runID)
 			if err == nil && row.Version != version {
-				var r Run
-				// The jobs may be newer than the run's row; the next round is then soon.
-				if r, err = e.GetRun(ctx, runID); err == nil {
+				var jobs []*store.Job
+				// They may be newer than the run's row; the next round is then soon.
+				if jobs, err = e.store.Jobs(ctx, runID); err == nil {
 					version = row.Version
-					if !yield(r, nil) || r.State.Terminal() {
+					if r := publicRun(row, jobs); !yield(r, nil) || r.State.Terminal() {
 						return
 					}
 				}

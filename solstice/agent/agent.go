@@ -149,6 +149,7 @@ func (a *agent) enroll(ctx context.Context) (*grpc.ClientConn, error) {
 		fmt.Errorf("no answer within %s", a.cfg.Patience))
 	defer cancel()
 	retry := backoff{first: retryFirst, limit: retryLimit}
+	var last error // one that says more than that the time is over, if there was one
 	for {
 		contact := a.contacts.current()
 		conn, resp, err := a.enrollAt(ctx, contact, req)
@@ -166,8 +167,11 @@ func (a *agent) enroll(ctx context.Context) (*grpc.ClientConn, error) {
 		}
 		a.log.Warn("enrolment failed, trying again", "contact", contact, "error", err)
 		a.contacts.next()
+		if last == nil || status.Code(err) != codes.DeadlineExceeded {
+			last = fmt.Errorf("last from %s: %w", contact, err)
+		}
 		if werr := retry.wait(ctx); werr != nil {
-			return nil, fmt.Errorf("%w: %w; last from %s: %w", ErrEnroll, werr, contact, err)
+			return nil, fmt.Errorf("%w: %w; %w", ErrEnroll, werr, last)
 		}
 	}
 }

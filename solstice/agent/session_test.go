@@ -266,6 +266,9 @@ func TestUnacknowledgedEnd(t *testing.T) {
 	s.deadline = time.Second
 	s.heartbeat = 50 * time.Millisecond
 	s.ack = func(*session, int64) bool { return false }
+	s.onHello = func(*session, *agentv1.Hello) *agentv1.Welcome { // nor after a reconnect
+		return &agentv1.Welcome{Epoch: s.epoch.Load()}
+	}
 	s.spec = jobOf(script("echo done"))
 	if err := s.runConfig(s.config()); !errors.Is(err, agent.ErrDeadline) {
 		t.Errorf("Run: %v", err)
