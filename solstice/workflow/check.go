@@ -188,18 +188,22 @@ func (p *fileParser) checkExpr(part part, s *site, sc *scope) (tainted bool) {
 	if placeRules[s.place].script && len(c.tainted) > 0 {
 		p.reportInjection(c, s, part)
 	}
-	if !c.failed {
-		checked, iss := p.typedEnv(s.job, sc).Check(ast)
-		if iss.Err() != nil {
-			for _, e := range iss.Errors() {
-				off := offsetOf(runes, e.Location.Line(), e.Location.Column())
-				d := report(callName(runes, off), "%s", celMessage(e.Message))
-				adviseFunction(d, e.Message)
-			}
-		} else if t := checked.OutputType(); s.isCondition && !t.IsExactType(cel.BoolType) && !t.IsExactType(cel.DynType) {
-			report(span{0, len(runes)}, "a condition must be true or false, this is of type %s", t).
-				hint("compare it with something, such as == 'x'")
+	checked, iss := p.typedEnv(s.job, sc).Check(ast)
+	for _, e := range iss.Errors() {
+		at := callName(runes, offsetOf(runes, e.Location.Line(), e.Location.Column()))
+		// Where a reference is wrong its type is, too: that was said. A function
+		// that does not exist was not.
+		if c.failed && (!strings.HasPrefix(e.Message, "undeclared reference") || at.to >= len(runes) || runes[at.to] != '(') {
+			continue
 		}
+		adviseFunction(report(at, "%s", celMessage(e.Message)), e.Message)
+	}
+	if c.failed || iss.Err() != nil || !s.isCondition {
+		return len(c.tainted) > 0
+	}
+	if t := checked.OutputType(); !t.IsExactType(cel.BoolType) && !t.IsExactType(cel.DynType) {
+		report(span{0, len(runes)}, "a condition must be true or false, this is of type %s", t).
+			hint("compare it with something, such as == 'x'")
 	}
 	return len(c.tainted) > 0
 }

@@ -239,6 +239,9 @@ func nearest(got string, candidates []string) string {
 		return ""
 	}
 	best, bestDist := "", 2+2*max(1, len(g)/3)
+	if len(g) < 2 {
+		bestDist = 2 // every other letter is one edit away
+	}
 	for _, c := range candidates {
 		n := norm(c)
 		if len(n) > 64 {
