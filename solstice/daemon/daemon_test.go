@@ -81,6 +81,10 @@ func TestRender(t *testing.T) {
 	}{
 		{"plain", errors.New("boom"), "error: boom\n"},
 		{"wrapped problem", fmt.Errorf("start: %w", &Problem{What: "cannot eat", Err: errors.New("a\nb"), Advice: "sleep"}), "error: cannot eat\n  why: a\n       b\n  try: sleep\n"},
+		{
+			"text from outside", &Problem{What: "cannot find \x1b]0;x\a\u202e\u009b2J'\x00ü\xff", Err: errors.New("\r\na\tb\x1b[2J\r\n\nc\r\x7fd\n"), Advice: "look"},
+			"error: cannot find \\x1b]0;x\\a\\u202e\\u009b2J'\\x00ü\uFFFD\n  why: a\tb\\x1b[2J\n       c\\r\\x7fd\n  try: look\n",
+		},
 		{"own advice wins", &Problem{What: "w", Err: syscall.ECONNREFUSED, Advice: "mine"}, "error: w\n  why: connection refused\n  try: mine\n"},
 	} {
 		var buf bytes.Buffer

@@ -8,8 +8,10 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"strconv"
 	"strings"
 	"syscall"
+	"unicode"
 )
 
 // Problem is an error for the person who starts a program.
@@ -29,7 +31,10 @@ func (p *Problem) Error() string {
 func (p *Problem) Unwrap() error { return p.Err }
 
 // Render writes an error as a diagnostic: what failed, why, what to do. Where a
-// [Problem] has no advice, or there is none, the advice is [Advice]'s.
+// [Problem] has no advice, or there is none, the advice is [Advice]'s. What is
+// written can be shown on a terminal: of what came from outside (names, answers
+// of servers), control characters and those that turn the direction of text are
+// written as escapes.
 func Render(w io.Writer, err error) {
 	what, why, advice := err.Error(), "", Advice(err)
 	if p, ok := errors.AsType[*Problem](err); ok {
@@ -44,9 +49,29 @@ func Render(w io.Writer, err error) {
 	// Nothing is left to do about a stderr that cannot be written to.
 	for _, part := range []struct{ label, text string }{{"error: ", what}, {"  why: ", why}, {"  try: ", advice}} {
 		if part.text != "" {
-			_, _ = fmt.Fprintln(w, part.label+strings.ReplaceAll(part.text, "\n", "\n       "))
+			_, _ = fmt.Fprintln(w, part.label+printable(part.text))
 		}
 	}
+}
+
+// printable indents all lines but the first one and leaves empty ones away.
+func printable(text string) string {
+	var lines []string
+	for l := range strings.Lines(text) {
+		if l = strings.TrimRight(l, " \t\r\n"); l != "" {
+			lines = append(lines, l)
+		}
+	}
+	var b strings.Builder
+	for _, r := range strings.ToValidUTF8(strings.Join(lines, "\n       "), "\uFFFD") {
+		switch {
+		case r == '\n', r == '\t', unicode.IsPrint(r):
+			b.WriteRune(r)
+		default:
+			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+		}
+	}
+	return b.String()
 }
 
 // Advice says what a person can do about an error of the network, TLS or the
