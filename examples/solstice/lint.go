@@ -8,13 +8,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
 	"github.com/solstice-ci/solstice-go/solstice/workflow"
 )
 
 type lintCmd struct {
-	Files []string `arg:"" optional:"" help:"Workflow files. Default: those of the repository in the current directory."`
+	Files []string `arg:"" optional:"" help:"Workflow files. Default: those of the repository that the current directory is in."`
 	JSON  bool     `name:"json" help:"Print the diagnostics as JSON."`
 }
 
@@ -25,10 +26,11 @@ func (lintCmd) Help() string {
 
 // Run is kong's.
 func (c *lintCmd) Run(*env) error {
-	diags, files, err := c.check()
-	if err != nil {
-		return &daemon.ExitError{Code: exitCouldNotRun, Err: err}
+	diags, files, unread := c.check()
+	if unread != nil && len(diags) == 0 {
+		return &daemon.ExitError{Code: exitCouldNotRun, Err: unread}
 	}
+	var err error
 	switch {
 	case c.JSON:
 		enc := json.NewEncoder(os.Stdout)
@@ -44,34 +46,65 @@ func (c *lintCmd) Run(*env) error {
 	if err != nil {
 		return &daemon.ExitError{Code: exitCouldNotRun, Err: problem("cannot print the diagnostics", err, "")}
 	}
+	if unread != nil {
+		return &daemon.ExitError{Code: exitCouldNotRun, Err: unread}
+	}
 	if diags.HasErrors() {
 		return &daemon.ExitError{Code: exitFailed}
 	}
 	return nil
 }
 
-// check parses the files; the diagnostics are never nil, for JSON.
+// check parses the files, those that can be read also where others cannot; the
+// diagnostics are never nil, for JSON.
 func (c *lintCmd) check() (diags workflow.Diagnostics, files int, err error) {
 	names := c.Files
 	if len(names) == 0 {
-		if names, err = workflowFiles("."); err != nil {
+		if names, err = repositoryFiles(); err != nil {
 			return nil, 0, problem("cannot look for workflow files", err, "")
 		}
 		if len(names) == 0 {
 			return nil, 0, problem(fmt.Sprintf("there is neither %s nor a file in %s", workflow.File, workflow.Dir), nil,
-				"run this at the top of the repository, or name the files")
+				"run this in a repository that has one, or name the files")
 		}
 	}
 	diags = workflow.Diagnostics{}
+	var unread []string
+	var errs []error
 	for _, f := range names {
 		src, err := os.ReadFile(f)
 		if err != nil {
-			return nil, 0, problem("cannot read "+f, err, "")
+			unread, errs = append(unread, f), append(errs, err)
+			continue
 		}
 		_, d := workflow.Parse(f, src)
 		diags = append(diags, d...)
 	}
-	return diags, len(names), nil
+	if len(unread) > 0 {
+		err = problem("cannot read "+strings.Join(unread, ", "), errors.Join(errs...), "")
+	}
+	return diags, len(names), err
+}
+
+// repositoryFiles are the workflow files here, or else those at the top of the
+// repository that the current directory is in.
+func repositoryFiles() ([]string, error) {
+	out, err := workflowFiles(".")
+	if err != nil || len(out) > 0 {
+		return out, err
+	}
+	here, err := filepath.Abs(".")
+	if err != nil {
+		return nil, err
+	}
+	for dir, up := here, "."; ; dir, up = filepath.Dir(dir), filepath.Join(up, "..") {
+		if _, err := os.Lstat(filepath.Join(dir, ".git")); err == nil {
+			return workflowFiles(up)
+		}
+		if dir == filepath.Dir(dir) {
+			return nil, nil
+		}
+	}
 }
 
 func workflowFiles(root string) ([]string, error) {

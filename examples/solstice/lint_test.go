@@ -15,6 +15,8 @@ func TestLint(t *testing.T) {
 		"good/.solstice/workflows/other.yaml": hostile,
 		"bad.yaml":                            "jobs:\n  a:\n    needs: b\n    stepz: []\n",
 		"empty/README":                        "",
+		"good/sub/sub/README":                 "",
+		"good/.git":                           "gitdir: elsewhere\n", // as in a work tree of a work tree
 	})
 	for _, c := range []struct {
 		name, dir string
@@ -26,6 +28,8 @@ func TestLint(t *testing.T) {
 		{"one file", "good", []string{workflowFile}, 0, "1 workflow file, no problems\n"},
 		{"broken file", ".", []string{"bad.yaml"}, 1, "bad.yaml:4:5: error:"},
 		{"good and broken", ".", []string{"good/" + workflowFile, "bad.yaml"}, 1, "   |     ^^^^^\n"},
+		{"below the top of a repository", "good/sub/sub", nil, 0, "2 workflow files, no problems\n"},
+		{"absent and broken", ".", []string{"absent.yaml", "bad.yaml"}, 2, "bad.yaml:4:5: error:"},
 		{"no files", "empty", nil, 2, ""},
 		{"absent file", ".", []string{"absent.yaml"}, 2, ""},
 	} {

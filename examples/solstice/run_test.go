@@ -116,6 +116,8 @@ func TestCouldNotRun(t *testing.T) {
 	fine := workflowRepo(t, green)
 	labelled := workflowRepo(t, "jobs:\n  a: { runs-on: illumos, checkout: false, steps: [{ run: echo on illumos }] }\n")
 	tagged := workflowRepo(t, "on: { tag: {} }\njobs:\n  a: { steps: [{ run: echo }] }\n")
+	unborn := t.TempDir()
+	git(t, unborn, "init", "-q")
 	full := t.TempDir()
 	write(t, full, map[string]string{"kept": ""})
 	for _, c := range []struct {
@@ -125,6 +127,7 @@ func TestCouldNotRun(t *testing.T) {
 	}{
 		{"broken workflow", broken, nil, []string{workflowFile + ":4:5: error:", " 4 |     stepz: []\n   |     ^^^^^\n", `"b"`, "nothing was run"}},
 		{"no repository", t.TempDir(), nil, []string{"not in a git repository", "--repo URL"}},
+		{"no commit", unborn, nil, []string{"no commits yet", "--dirty"}},
 		{"no workflow", repository(t, map[string]string{"README": ""}), nil, []string{"there is nothing to run", "docs/workflows.md"}},
 		{"nothing concerned", tagged, nil, []string{"a push to refs/heads/main"}},
 		{"unmapped label", labelled, nil, []string{`job a runs on "illumos"`, "--pool illumos=process"}},
@@ -139,6 +142,9 @@ func TestCouldNotRun(t *testing.T) {
 		{"unknown workflow", fine, []string{"nope"}, []string{`"nope"`, workflowFile}},
 		{"unknown ref", fine, []string{"--ref", "nope"}, []string{"nope"}},
 		{"unreachable repository", fine, []string{"--repo", filepath.Join(fine, "nowhere")}, []string{"cannot fetch"}},
+		{"relative repository", fine, []string{"--repo", "./x"}, []string{"cannot fetch ./x", "an absolute path"}},
+		{"unknown ref of a repository", fine, []string{"--repo", fine, "--ref", "nope"}, []string{`"nope"`, "give a --ref"}},
+		{"state in the work tree", fine, []string{"--state-dir", "state"}, []string{"inside the work tree", "outside of it"}},
 		{"dirty with ref", fine, []string{"--dirty", "--ref", "main"}, []string{"exclude each other"}},
 		{"used state directory", fine, []string{"--state-dir", full}, []string{"not empty"}},
 		{"log level", fine, []string{"--log-level", "loud"}, []string{"--log-level"}},

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -30,7 +31,7 @@ func (c *runCmd) source(ctx context.Context, dest string) (source, error) {
 			Ref: c.Ref, Schemes: []string{"https", "http", "ssh", "git", "file"}, Env: transportEnv(),
 		})
 		if err != nil {
-			return source{}, problem("cannot fetch "+c.Repo, err, "check the URL, and --ref")
+			return source{}, problem("cannot fetch "+c.Repo, err, fetchAdvice(err))
 		}
 		name := strings.TrimSuffix(filepath.Base(strings.TrimRight(c.Repo, "/")), ".git")
 		return source{name: name, commit: m.Commit, ref: m.Ref, url: c.Repo}, nil
@@ -38,8 +39,13 @@ func (c *runCmd) source(ctx context.Context, dest string) (source, error) {
 	s, err := localgit.Snapshot(ctx, localgit.SnapshotOptions{
 		WorkTree: c.Dir, Dest: dest, Dirty: c.Dirty, ExcludesFile: c.excludesFile(ctx),
 	})
-	if err != nil {
-		return source{}, problem("cannot read the repository", err, "run this in a git repository with a commit, or give --repo URL")
+	switch {
+	case errors.Is(err, localgit.ErrNoCommits):
+		return source{}, problem("there is nothing to run yet", err, "commit the workflow, or use --dirty, which runs what is not committed")
+	case errors.Is(err, forge.ErrInvalid):
+		return source{}, problem("cannot copy the repository", err, "--dirty needs a work tree, and --state-dir or TMPDIR must be outside of it")
+	case err != nil:
+		return source{}, problem("cannot read the repository", err, "run this in a git repository, or give --repo URL")
 	}
 	src := source{name: s.Name, commit: s.Commit, ref: s.Ref, url: s.Origin}
 	if c.Ref == "" {
@@ -49,6 +55,16 @@ func (c *runCmd) source(ctx context.Context, dest string) (source, error) {
 		return source{}, problem("cannot find "+c.Ref, err, "give a branch, a tag or a commit of this repository")
 	}
 	return src, nil
+}
+
+func fetchAdvice(err error) string {
+	switch {
+	case errors.Is(err, forge.ErrInvalid):
+		return "give a URL of https, ssh, http, git or file, or an absolute path"
+	case errors.Is(err, forge.ErrNotFound):
+		return "give a --ref that the repository has: a branch, a tag, a full ref such as refs/pull/1/head, or a whole commit id"
+	}
+	return "check the URL, and that you may read it"
 }
 
 // find looks --ref up in the user's repository; ref is empty for a commit.
