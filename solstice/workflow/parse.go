@@ -78,8 +78,10 @@ func (p *fileParser) workflow(n *yaml.Node) {
 			Workdir: text(get(d, "workdir")), Timeout: duration(get(d, "timeout")),
 		}
 		p.refuseExpressions(get(d, "shell"), "defaults.shell")
+		p.checkShell(get(d, "shell"))
 		p.refuseExpressions(get(d, "runs-on"), "defaults.runs-on")
 		p.refuseExpressions(get(d, "workdir"), "defaults.workdir")
+		p.checkInside(get(d, "workdir"), "defaults.workdir")
 	}
 	if c := get(n, "checkout"); c != nil {
 		w.Checkout = checkout(c)
@@ -210,6 +212,7 @@ func (p *fileParser) job(info *jobInfo) {
 	}
 	j.Setup = text(get(n, "setup"))
 	p.template(get(n, "setup"), here(placeSetup))
+	p.checkInside(get(n, "setup"), "setup")
 	for i, s := range items(get(n, "steps")) {
 		p.step(info, i, s)
 	}
@@ -238,6 +241,7 @@ func (p *fileParser) step(info *jobInfo, i int, n *yaml.Node) {
 	p.template(get(n, "run"), here(placeRun))
 	p.template(get(n, "shell"), here(placeShell))
 	p.template(get(n, "workdir"), here(placeStep))
+	p.checkInside(get(n, "workdir"), "workdir")
 	s.If = p.condition(get(n, "if"), here(placeStepIf))
 	p.checkShell(get(n, "shell"))
 	info.job.Steps = append(info.job.Steps, s)
@@ -253,13 +257,25 @@ func (p *fileParser) step(info *jobInfo, i int, n *yaml.Node) {
 	info.stepIDs = append(info.stepIDs, s.ID)
 }
 
+// checkInside refuses a path that is known to leave the work tree.
+func (p *fileParser) checkInside(n *yaml.Node, what string) {
+	s := text(n)
+	if s == "" || strings.Contains(s, "${{") {
+		return
+	}
+	if c := path.Clean(s); path.IsAbs(c) || c == ".." || strings.HasPrefix(c, "../") {
+		p.at(nodePos(n), nodeWidth(n), "%s %q is not inside the work tree", what, s).hint("write a path that begins at the top of the repository")
+	}
+}
+
 // shells that are known by name; any other shell is a command line.
 var shells = []string{"sh", "bash", "python", "pwsh"}
 
-// checkShell catches a misspelled name: one word that is close to a known one.
+// checkShell refuses what is neither a known name nor has a place for the
+// script.
 func (p *fileParser) checkShell(n *yaml.Node) {
 	s := text(n)
-	if n == nil || strings.ContainsAny(s, " /{$") {
+	if n == nil || strings.Contains(s, "{0}") || strings.Contains(s, "${{") {
 		return
 	}
 	for _, k := range shells {
@@ -272,7 +288,7 @@ func (p *fileParser) checkShell(n *yaml.Node) {
 		return
 	}
 	d := p.at(nodePos(n), nodeWidth(n), "unknown shell %q", s).suggest(s, shells)
-	if d.Hint == "" {
+	if d.Hint == "" || strings.ContainsAny(s, " /") {
 		d.hint("any other shell is written as a command line with {0} for the script, such as %q", s+" {0}")
 	}
 }
