@@ -201,7 +201,8 @@ func (c *checkout) submodules(ctx context.Context) error {
 	return c.git(ctx, []string{"https", "http"}, args...)
 }
 
-// lfs fetches large files from the repository's own server.
+// lfs fetches large files from the repository's own server, without
+// credentials: the agent endpoint has git's objects alone.
 func (c *checkout) lfs(ctx context.Context) error {
 	if _, err := c.prog.Output(ctx, gitcmd.Options{Dir: c.a.cfg.WorkDir}, "lfs", "version"); err != nil {
 		if ctx.Err() != nil {
@@ -212,7 +213,18 @@ func (c *checkout) lfs(ctx context.Context) error {
 	if err := c.git(ctx, nil, "lfs", "install", "--local", "--skip-repo"); err != nil {
 		return err
 	}
-	return c.git(ctx, []string{"https", "http"}, "lfs", "pull")
+	err := c.git(ctx, []string{"https", "http"}, "lfs", "pull")
+	if err != nil && ctx.Err() == nil {
+		return fmt.Errorf("large files are fetched from %s without credentials, which did not work: %w", c.lfsServer(), err)
+	}
+	return err
+}
+
+func (c *checkout) lfsServer() string {
+	if u := c.src.GetRepoUrl(); u != "" {
+		return u
+	}
+	return "the repository's own server, which the job does not name,"
 }
 
 // git runs a git command in the work tree, with its output in the step's log.

@@ -225,6 +225,33 @@ func TestCheckoutFailures(t *testing.T) {
 	}
 }
 
+// TestCheckoutLFSRefused: large files that their server does not give fail the
+// checkout, which says where they were to come from.
+func TestCheckoutLFSRefused(t *testing.T) {
+	r := makeRepo(t)
+	s := newServer(t)
+	s.source = r.serve(t, r.commits[2])
+	s.spec = checkoutJob(r.commits[2], 1, "echo unwanted")
+	s.spec.Checkout.Lfs = true
+	s.spec.Source.RepoUrl = "https://forge.example/o/r"
+	cfg := s.config()
+	bin := noGit(t)["PATH"]
+	git, err := exec.LookPath("git")
+	must(t, err)
+	must(t, os.Symlink(git, filepath.Join(bin, "git")))
+	refuses := "#!/bin/sh\n[ \"$1\" != pull ] || { echo 'Authentication required' >&2; exit 2; }\n"
+	must(t, os.WriteFile(filepath.Join(bin, "git-lfs"), []byte(refuses), 0o755))
+	cfg.Env = map[string]string{"PATH": bin}
+	must(t, s.runConfig(cfg))
+	f := s.verdict()
+	checkResult(t, f, failed, classUser)
+	for _, want := range []string{"large files", "https://forge.example/o/r", "without credentials", "Authentication required"} {
+		if !strings.Contains(f.GetReason(), want) {
+			t.Errorf("reason %q does not say %q", f.GetReason(), want)
+		}
+	}
+}
+
 // TestCheckoutRetries: an endpoint that is away for a moment costs a moment.
 func TestCheckoutRetries(t *testing.T) {
 	r := makeRepo(t)

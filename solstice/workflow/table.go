@@ -84,7 +84,7 @@ var (
 		alts: []*shape{boolShape, {kind: kindMap, fields: []field{
 			{name: "depth", shape: &shape{kind: kindInt}, doc: "Commits of history; 0 is all of it. Default 1."},
 			{name: "submodules", shape: boolShape, doc: "Check out submodules, recursively."},
-			{name: "lfs", shape: boolShape, doc: "Fetch Git LFS objects."},
+			{name: "lfs", shape: boolShape, doc: "Fetch Git LFS objects, from the repository's own server and without credentials; needs git-lfs on the machine."},
 		}, foreign: map[string]string{"fetch-depth": "depth"}}},
 	}
 	stepShape = &shape{
