@@ -174,6 +174,9 @@ func (p *pool) claim(ctx context.Context) (int, error) {
 // the agent is waited for by nobody: it attaches, or the boot deadline passes.
 func (p *pool) create(ctx context.Context, c store.Claimed, token string) {
 	e, m := p.e, c.Machine
+	if c.Run != nil {
+		ctx = withTraceParent(ctx, c.Run.Trace)
+	}
 	ctx, span := e.tracer.Start(ctx, "machine.create")
 	defer span.End()
 	_, err := p.Provider.Create(ctx, vmprovider.Spec{

@@ -419,7 +419,7 @@ func (s *agentService) Enroll(ctx context.Context, r *agentv1.EnrollRequest) (*a
 		}
 		return nil, status.Error(codes.FailedPrecondition, refusal)
 	}
-	cred := randomToken()
+	began, cred := time.Now(), randomToken()
 	nonce := sha256.Sum256(r.GetNonce())
 	m, err := e.store.Enroll(ctx, store.EnrollRequest{
 		TokenHash: hashToken(r.GetToken()), NonceHash: hex.EncodeToString(nonce[:]), CredHash: hashToken(cred),
@@ -428,6 +428,7 @@ func (s *agentService) Enroll(ctx context.Context, r *agentv1.EnrollRequest) (*a
 	if err != nil {
 		return nil, e.rpcError(ctx, "enroll", err)
 	}
+	e.traceEnrol(ctx, m, began)
 	e.log.InfoContext(ctx, "agent enrolled", "machine", m.ID, "os", m.OS, "arch", m.Arch, "version", m.AgentVersion)
 	now, err := e.store.Now(ctx)
 	if err != nil {

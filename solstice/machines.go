@@ -20,6 +20,7 @@ import (
 func (e *Engine) lose(ctx context.Context, a *store.Attempt, class Class, reason, console string) {
 	lost := false
 	var epoch int64
+	var trace string
 	err := e.withRun(ctx, a.RunID, func(ctx context.Context, t *store.RunTx) error {
 		lost = false
 		now, err := t.Attempt(ctx, a.ID)
@@ -42,7 +43,7 @@ func (e *Engine) lose(ctx context.Context, a *store.Attempt, class Class, reason
 		default:
 			loss.JobState = store.JobErrored
 		}
-		lost, epoch = true, now.Epoch+1
+		lost, epoch, trace = true, now.Epoch+1, t.Run.Trace
 		return t.LoseAttempt(ctx, store.AttemptRef{ID: a.ID, Epoch: now.Epoch}, loss)
 	})
 	if err != nil {
@@ -55,7 +56,7 @@ func (e *Engine) lose(ctx context.Context, a *store.Attempt, class Class, reason
 	e.log.WarnContext(ctx, "attempt lost", "run_id", a.RunID, "job_id", a.JobID, "attempt", a.Number, "class", class, "reason", reason)
 	e.metrics.attemptLost(class)
 	e.sealLost(ctx, a.LogStream, epoch)
-	e.attemptOver(a)
+	e.attemptOver(a, trace)
 }
 
 // sealLost ends the log of an attempt that nobody writes any more.
@@ -68,12 +69,12 @@ func (e *Engine) sealLost(ctx context.Context, stream string, epoch int64) {
 
 // attemptOver cleans up after an attempt that reached a terminal state: its
 // session ends, its slot frees, and its machine goes, now if the pool is ours,
-// by the sweep of whoever has the pool otherwise.
-func (e *Engine) attemptOver(a *store.Attempt) {
+// by the sweep of whoever has the pool otherwise. trace is the run's.
+func (e *Engine) attemptOver(a *store.Attempt, trace string) {
 	e.hub.notify(a.ID)
 	e.freeSlot(a.ID)
 	e.background(func() {
-		ctx := context.Background()
+		ctx := withTraceParent(context.Background(), trace)
 		m, err := e.store.Machine(ctx, a.MachineID)
 		if err != nil {
 			e.log.Warn("machine of a finished attempt not read, the sweep will find it", "machine", a.MachineID, "error", err)

@@ -578,7 +578,7 @@ func (s *session) finish(ctx context.Context, b *batch, size int64) error {
 	}
 	e.log.InfoContext(ctx, "attempt finished", "run_id", s.run.ID, "job_id", s.job.ID, "attempt", s.attempt.Number,
 		"result", resultName(f.GetResult()), "retried", retried, "log_bytes", size)
-	e.attemptOver(s.attempt)
+	e.attemptOver(s.attempt, s.run.Trace)
 	return nil
 }
 

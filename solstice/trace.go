@@ -13,7 +13,9 @@ import (
 
 // traceJob emits a job's spans once it is over: the phases of its life come
 // from the rows, so they are whole even if several engines had the job. The
-// trace is the run's, which the agent's spans belong to as well.
+// trace is the run's, in which the steps' own programs go on by TRACEPARENT. What
+// an engine does for a machine, from machine.create to machine.destroy, is in
+// it as it happens.
 func (e *Engine) traceJob(run *store.Run, j *store.Job) {
 	if j.CopiedFrom != "" || run == nil {
 		return
@@ -63,11 +65,30 @@ func (e *Engine) tracePhases(ctx context.Context, j *store.Job) error {
 		if err != nil {
 			return err
 		}
+		last := int64(0)
 		for _, s := range steps {
+			last = max(last, s.FinishedAt)
 			phase(at, "step", s.StartedAt, s.FinishedAt, attribute.Int("step", s.Idx), attribute.String("step.name", s.Name), attribute.String("result", s.Result))
 		}
+		phase(at, "upload", last, a.FinishedAt) // of what the journal had yet to say
 	}
 	return nil
+}
+
+// traceEnrol notes in the run's trace that the agent of an attempt has enrolled.
+func (e *Engine) traceEnrol(ctx context.Context, m *store.Machine, began time.Time) {
+	if m.AttemptID == "" || !trace.SpanFromContext(ctx).IsRecording() {
+		return // nobody traces, so the rows are not worth reading
+	}
+	a, err := e.store.Attempt(ctx, m.AttemptID)
+	if err != nil {
+		return // the span alone is lost
+	}
+	if run, err := e.store.Run(ctx, a.RunID); err == nil {
+		_, span := e.tracer.Start(withTraceParent(ctx, run.Trace), "enrol", trace.WithTimestamp(began),
+			trace.WithAttributes(attribute.Int("attempt", a.Number), attribute.String("machine", m.ID)))
+		span.End()
+	}
 }
 
 func spanTime(micros, otherwise int64) time.Time {
