@@ -47,13 +47,6 @@ func (runCmd) Help() string {
 The exit status is 0 when all jobs succeeded, 1 when one did not, 2 when the workflow could not be run, 130 after an interrupt. An interrupt cancels the jobs: they get SIGTERM, 10 seconds later SIGKILL, then their clean-up steps run. A second one leaves at once; what still runs is then ended in the background, within about a second.`
 }
 
-// passedOn are the variables of the caller's environment that steps get.
-var passedOn = []string{
-	"PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "SHELL",
-	"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
-	"GO*", "CGO_*", "XDG_CACHE_HOME", "CARGO_HOME", "RUSTUP_HOME", "JAVA_HOME", "NPM_CONFIG_*", "npm_config_*", "NODE_EXTRA_CA_CERTS", "PYENV_*", "PIP_*",
-}
-
 // Run is kong's.
 func (c *runCmd) Run(e *env) error {
 	code, err := c.inStateDir(e.ctx)
@@ -190,7 +183,7 @@ func (c *runCmd) run(ctx context.Context, state string) (code int, err error) {
 	}
 	defer func() { err = errors.Join(err, logs.Close()) }()
 	provider, err := processvm.New(processvm.Config{
-		Root: machinesDir(state), Command: agent.Command(), StepEnv: daemon.Environment(append(passedOn, c.Env...)...), Logger: slog.Default(),
+		Root: machinesDir(state), Command: agent.Command(), StepEnv: daemon.StepEnvironment(c.Env...), Logger: slog.Default(),
 	})
 	if err != nil {
 		return 0, problem("cannot make machines here", err, "")

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"os"
+	"slices"
 	"strings"
 )
 
@@ -28,4 +29,19 @@ func selected(environ, patterns []string) map[string]string {
 		}
 	}
 	return out
+}
+
+// stepVariables are what steps on this machine can do little without: where
+// programs, homes and caches are, languages, proxies, tool chains.
+var stepVariables = []string{
+	"PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "SHELL",
+	"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
+	"GO*", "CGO_*", "XDG_CACHE_HOME", "CARGO_HOME", "RUSTUP_HOME", "JAVA_HOME", "NPM_CONFIG_*", "npm_config_*", "NODE_EXTRA_CA_CERTS", "PYENV_*", "PIP_*",
+}
+
+// StepEnvironment is what a pool of processes passes on to steps: what steps on
+// this machine can do little without, and what more names, as [Environment]
+// does.
+func StepEnvironment(more ...string) map[string]string {
+	return Environment(append(slices.Clone(stepVariables), more...)...)
 }

@@ -138,6 +138,9 @@ func (h HTTP) Listen(ctx context.Context) (net.Listener, error) {
 // AgentEndpoint are the flags of the listener that guests dial.
 type AgentEndpoint struct {
 	AgentAddr       string   `group:"Listeners" env:"AGENT_ADDR" default:"127.0.0.1:50052" help:"Address for agents."`
+	AgentTLSCert    string   `group:"Listeners" name:"agent-tls-cert" env:"AGENT_TLS_CERT" placeholder:"FILE" help:"PEM file of the certificate for agents, made for the name solstice-agent-endpoint. Default: one of an authority in the state directory."`
+	AgentTLSKey     string   `group:"Listeners" name:"agent-tls-key" env:"AGENT_TLS_KEY" placeholder:"FILE" help:"PEM file of that certificate's key."`
+	AgentTLSCA      string   `group:"Listeners" name:"agent-tls-ca" env:"AGENT_TLS_CA" placeholder:"FILE" help:"PEM file of the authority that agents verify it by."`
 	OrchContactAddr []string `group:"Listeners" env:"ORCH_CONTACT_ADDR" placeholder:"HOST:PORT,…" help:"Addresses that guests dial, in this order, where they differ from --agent-addr."`
 }
 
@@ -161,6 +164,41 @@ func (a AgentEndpoint) Listen(ctx context.Context) (net.Listener, []string, erro
 		}
 	}
 	return lis, contacts, nil
+}
+
+// Certificate returns what to prove oneself to agents with, read again when the
+// files change: nil where no certificate is given.
+func (a AgentEndpoint) Certificate() (get func(*tls.ClientHelloInfo) (*tls.Certificate, error), ca []byte, err error) {
+	given := 0
+	for _, file := range []string{a.AgentTLSCert, a.AgentTLSKey, a.AgentTLSCA} {
+		if file != "" {
+			given++
+		}
+	}
+	if given == 0 {
+		return nil, nil, nil
+	}
+	if given < 3 {
+		return nil, nil, &ExitError{Code: ExitUsage, Err: &Problem{
+			What: "a certificate for agents needs its key and its authority", Advice: "give --agent-tls-cert, --agent-tls-key and --agent-tls-ca",
+		}}
+	}
+	r := &reloader{cert: a.AgentTLSCert, key: a.AgentTLSKey}
+	if _, err = r.config(nil); err == nil {
+		if _, err = loadPool(a.AgentTLSCA); err == nil {
+			ca, err = os.ReadFile(a.AgentTLSCA)
+		}
+	}
+	if err != nil {
+		return nil, nil, &Problem{What: "cannot use the TLS files for agents", Err: err}
+	}
+	return func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		c, err := r.config(nil)
+		if err != nil {
+			return nil, err
+		}
+		return &c.Certificates[0], nil
+	}, ca, nil
 }
 
 func dialable(addr string) error {

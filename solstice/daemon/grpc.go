@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -31,30 +30,21 @@ type GRPC struct {
 	GRPCTimeoutMS    int    `group:"gRPC" name:"grpc-timeout-ms" env:"GRPC_TIMEOUT_MS" default:"10000" help:"Longest unary call; longer deadlines are shortened to it."`
 }
 
-// Listen opens the listener. An address beyond loopback needs a certificate.
+// Listen opens the listener.
 func (g GRPC) Listen(ctx context.Context) (net.Listener, error) {
 	addr := g.GRPCAddr
 	if addr == "" {
 		addr = net.JoinHostPort(g.GRPCHost, fmt.Sprint(g.GRPCPort))
 	}
-	lis, err := listen(ctx, "grpc-addr", addr)
-	if err != nil {
-		return nil, err
-	}
-	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && g.GRPCTLSCert == "" {
-		_ = lis.Close() // nothing was accepted yet
-		return nil, &ExitError{Code: ExitUsage, Err: &Problem{
-			What: "gRPC at " + addr + " has no TLS", Advice: "give --grpc-tls-cert and --grpc-tls-key, or listen at 127.0.0.1",
-		}}
-	}
-	return lis, nil
+	return listen(ctx, "grpc-addr", addr)
 }
 
-// ServerOptions returns what a server is made with: TLS 1.3 where a certificate
-// is given, with clients' certificates verified where an authority is (who has
+// ServerOptions returns what a server is made with: TLS 1.3 with the certificate
+// that is given, or else with own (from [CA.ServerConfig]; nil: then it has to
+// be given), with clients' certificates verified where an authority is (who has
 // none is still let in: authorization decides); bounds on messages and streams;
 // keepalive; and for unary calls a deadline, which clients must set.
-func (g GRPC) ServerOptions() ([]grpc.ServerOption, error) {
+func (g GRPC) ServerOptions(own *tls.Config) ([]grpc.ServerOption, error) {
 	alive := time.Duration(g.GRPCKeepaliveMS) * time.Millisecond
 	opts := []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(g.GRPCMaxMessageMB << 20),
@@ -69,10 +59,12 @@ func (g GRPC) ServerOptions() ([]grpc.ServerOption, error) {
 			What: "TLS for gRPC needs a certificate and its key", Advice: "give both --grpc-tls-cert and --grpc-tls-key",
 		}}
 	}
-	if g.GRPCTLSCert == "" {
-		return opts, nil
+	if g.GRPCTLSCert == "" && own == nil {
+		return nil, &ExitError{Code: ExitUsage, Err: &Problem{
+			What: "gRPC has no certificate", Advice: "give --grpc-tls-cert and --grpc-tls-key",
+		}}
 	}
-	r := &reloader{cert: g.GRPCTLSCert, key: g.GRPCTLSKey, ca: g.GRPCTLSCA}
+	r := &reloader{cert: g.GRPCTLSCert, key: g.GRPCTLSKey, ca: g.GRPCTLSCA, own: own}
 	if _, err := r.config(nil); err != nil {
 		return nil, &Problem{What: "cannot use the TLS files for gRPC", Err: err}
 	}
@@ -97,7 +89,8 @@ func deadlines(longest time.Duration) grpc.UnaryServerInterceptor {
 // changed. Files that cannot be used leave the certificates as they were, since
 // a deployment replaces them one after the other.
 type reloader struct {
-	cert, key, ca string // ca may be empty
+	cert, key, ca string // ca may be empty, cert and key where there is own
+	own           *tls.Config
 
 	mu    sync.Mutex
 	stamp [3]fileStamp
@@ -139,14 +132,19 @@ func (r *reloader) config(*tls.ClientHelloInfo) (*tls.Config, error) {
 }
 
 func (r *reloader) load() (*tls.Config, error) {
-	pair, err := tls.LoadX509KeyPair(r.cert, r.key)
-	if err != nil {
-		return nil, err
+	c := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}}
+	if r.cert == "" {
+		c.GetCertificate = r.own.GetCertificate
+	} else {
+		pair, err := tls.LoadX509KeyPair(r.cert, r.key)
+		if err != nil {
+			return nil, err
+		}
+		c.Certificates = []tls.Certificate{pair}
 	}
-	c := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{pair}}
 	if r.ca != "" {
-		var pool *x509.CertPool
-		if pool, err = loadPool(r.ca); err != nil {
+		pool, err := loadPool(r.ca)
+		if err != nil {
 			return nil, err
 		}
 		c.ClientCAs, c.ClientAuth = pool, tls.VerifyClientCertIfGiven

@@ -59,7 +59,7 @@ func TestGRPCServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	opts, err := g.ServerOptions()
+	opts, err := g.ServerOptions(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,13 +109,19 @@ func TestGRPCServer(t *testing.T) {
 	}
 }
 
-func TestGRPCNeedsTLSBeyondLoopback(t *testing.T) {
-	if lis, err := (GRPC{GRPCAddr: "0.0.0.0:0"}).Listen(t.Context()); err == nil {
-		_ = lis.Close()
-		t.Error("listens at every address without TLS")
+func TestGRPCNeedsTLS(t *testing.T) {
+	ca, err := LoadOrCreateCA(t.TempDir(), "localhost")
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := (GRPC{GRPCTLSCert: "cert.pem"}).ServerOptions(); err == nil {
+	if _, err := (GRPC{}).ServerOptions(nil); err == nil {
+		t.Error("no certificate at all was accepted")
+	}
+	if _, err := (GRPC{GRPCTLSCert: "cert.pem"}).ServerOptions(ca.ServerConfig()); err == nil {
 		t.Error("a certificate without key was accepted")
+	}
+	if _, err := (GRPC{}).ServerOptions(ca.ServerConfig()); err != nil {
+		t.Errorf("with a certificate of our own: %v", err)
 	}
 }
 

@@ -114,3 +114,7 @@ func OpenQueue(ctx context.Context, db *bun.DB, log *slog.Logger) (queue.Queue, 
 func usage(what, advice string) error {
 	return &daemon.ExitError{Code: daemon.ExitUsage, Err: &daemon.Problem{What: what, Advice: advice}}
 }
+
+// IsPostgres tells a database that several orchestrators can share from an
+// embedded one.
+func IsPostgres(db *bun.DB) bool { return sqldb.IsPostgres(db) }

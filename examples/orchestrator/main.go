@@ -1,0 +1,271 @@
+// Command orchestrator is a daemon that runs CI jobs: it takes runs from
+// clients, plans them, and executes their jobs on machines of its pools. With
+// no flags it keeps everything in its state directory and listens on loopback.
+// It imports nothing internal, so it can be copied.
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/uptrace/bun"
+
+	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/forge/localgit"
+	"github.com/solstice-ci/solstice-go/solstice"
+	"github.com/solstice-ci/solstice-go/solstice/agent"
+	"github.com/solstice-ci/solstice-go/solstice/daemon"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/storage"
+	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
+	"github.com/solstice-ci/solstice-go/solstice/orchestrator"
+	"github.com/solstice-ci/solstice-go/solstice/telemetry"
+	"github.com/solstice-ci/solstice-go/vmprovider/processvm"
+)
+
+type flags struct {
+	daemon.Telemetry
+	daemon.State
+	storage.Database
+	storage.Blobs
+	daemon.GRPC
+	daemon.HTTP
+	daemon.AgentEndpoint
+	daemon.Runner
+
+	AutoMigrate    bool           `group:"Database" env:"AUTO_MIGRATE" help:"Bring PostgreSQL to this version's schema; SQLite always is."`
+	MTLSRole       string         `group:"gRPC" name:"mtls-role" env:"MTLS_ROLE" default:"read" enum:"none,read,write,admin" help:"What a client may whose certificate --grpc-tls-ca verified: none, read, write or admin."`
+	Dev            bool           `group:"gRPC" env:"SOLSTICE_DEV" help:"For development: gRPC reflection."`
+	MaxConcurrency int            `group:"Pools" env:"MAX_CONCURRENCY" default:"0" placeholder:"N" help:"Jobs at once; 0: the number of CPUs."`
+	CapacityMap    map[string]int `group:"Pools" env:"CAPACITY_MAP" mapsep:"," placeholder:"LABEL=N,…" help:"Pools by runs-on label, and how many machines each may have. Default: host, with as many as --max-concurrency."`
+	PoolEnv        []string       `group:"Pools" env:"POOL_ENV" placeholder:"NAME" help:"Pass this variable on to the steps of the process pools, or with a * at the end all that begin so."`
+	RepoRoot       string         `group:"Pools" env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of the repositories on this machine that may be run (${default})."`
+	DrainTimeout   time.Duration  `group:"State" env:"DRAIN_TIMEOUT" default:"30s" help:"How long SIGTERM waits for jobs under way, which then go on without this process."`
+}
+
+func main() {
+	agent.Hook() // the process pool starts this program again as its agent
+	daemon.Main(func(ctx context.Context) error {
+		var f flags
+		_, err := daemon.Parse(&f, daemon.Program{
+			Name:        "solstice-orchestrator",
+			Description: "Runs CI jobs on throw-away machines. Its defaults need nothing but git; jobs are then processes of this machine, which isolates nothing.",
+		})
+		if err != nil {
+			return err
+		}
+		return f.run(ctx)
+	})
+}
+
+// closers are called in reverse.
+type closers []func() error
+
+func (c *closers) add(f func() error) { *c = append(*c, f) }
+
+func (c *closers) close(err error) error {
+	for i := len(*c) - 1; i >= 0; i-- {
+		err = errors.Join(err, (*c)[i]())
+	}
+	return err
+}
+
+func (f *flags) run(ctx context.Context) (err error) {
+	shutdown, err := f.Telemetry.Init(ctx)
+	if err != nil {
+		return err
+	}
+	var open closers
+	defer func() { err = open.close(err) }()
+	open.add(func() error { return bounded(shutdown) })
+	log := slog.Default()
+
+	dir, err := f.State.Open()
+	if err != nil {
+		return err
+	}
+	unlock, err := storage.Lock(dir, "orchestrator")
+	if err != nil {
+		return err
+	}
+	open.add(unlock)
+	db, err := f.Database.Open(ctx, dir, log)
+	if err != nil {
+		return err
+	}
+	open.add(db.Close)
+	if !storage.IsPostgres(db) || f.AutoMigrate {
+		if err := solstice.Migrate(ctx, db); err != nil {
+			return problem("cannot migrate the database", err, "")
+		}
+	}
+	tokens, err := orchestrator.OpenTokens(ctx, db)
+	if errors.Is(err, solstice.ErrSchema) {
+		return problem("the database's schema is not this version's", err, "make a backup, then start once with --auto-migrate")
+	}
+	if err != nil {
+		return problem("cannot open the state", err, "")
+	}
+	if err := tokens.First(ctx, filepath.Join(dir, "admin.token")); err != nil {
+		return problem("cannot make the first token", err, "")
+	}
+
+	tls, err := f.certificates(dir, storage.IsPostgres(db))
+	if err != nil {
+		return err
+	}
+	cfg := solstice.Config{
+		DB: db, Logger: log, MaxConcurrency: f.MaxConcurrency, DrainTimeout: f.DrainTimeout, AgentTLS: tls.agents,
+	}
+	if err := f.parts(ctx, db, dir, &cfg, &open); err != nil {
+		return err
+	}
+
+	clients, err := f.GRPC.Listen(ctx)
+	if err != nil {
+		return err
+	}
+	open.add(closed(clients))
+	people, err := f.HTTP.Listen(ctx)
+	if err != nil {
+		return err
+	}
+	open.add(closed(people))
+	guests, url, err := f.Runner.Listen(ctx)
+	if err != nil {
+		return err
+	}
+	open.add(closed(guests))
+	if cfg.AgentListener, cfg.Contacts, err = f.AgentEndpoint.Listen(ctx); err != nil {
+		return err
+	}
+	open.add(closed(cfg.AgentListener))
+	cfg.RunnerURL = url
+
+	eng, err := solstice.New(cfg)
+	if err != nil {
+		return problem("cannot start the engine", err, "")
+	}
+	role, _ := orchestrator.ParseRole(f.MTLSRole) // none is no role
+	srv, err := orchestrator.New(orchestrator.Config{
+		Engine: eng, Tokens: tokens, CertRole: role, Reflection: f.Dev, Logger: log,
+	}, tls.clients...)
+	if err != nil {
+		return errors.Join(err, eng.Close())
+	}
+	log.InfoContext(ctx, "orchestrator started", "version", daemon.Version(), "state_dir", dir, "grpc_addr", clients.Addr().String(),
+		"http_addr", people.Addr().String(), "agent_addr", eng.AgentAddr(), "runner_addr", guests.Addr().String())
+	return f.serve(ctx, eng, srv, clients, people, guests, dir)
+}
+
+// serve ends when ctx does, or when a listener fails. Clients are served while
+// the engine drains.
+func (f *flags) serve(ctx context.Context, eng *solstice.Engine, srv *orchestrator.Server, clients, people, guests net.Listener, dir string) error {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", srv.Healthz)
+	mux.HandleFunc("GET /readyz", srv.Readyz)
+	mux.Handle("GET /metrics", telemetry.MetricsHandler())
+	web, runner := daemon.HTTPServer(mux), daemon.HTTPServer(f.Runner.Handler(dir))
+
+	var servers sync.WaitGroup
+	start := func(serve func() error) {
+		servers.Go(func() {
+			if err := serve(); err != nil && !errors.Is(err, http.ErrServerClosed) {
+				stop(problem("a listener failed", err, ""))
+			}
+		})
+	}
+	start(func() error { return srv.Serve(clients) })
+	start(func() error { return web.Serve(people) })
+	start(func() error { return runner.Serve(guests) })
+
+	err := eng.Run(ctx)
+	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) {
+		err = cause
+	}
+	_ = bounded(func(ctx context.Context) error { srv.Drain(ctx); return nil })
+	err = errors.Join(err, bounded(web.Shutdown), runner.Close())
+	servers.Wait()
+	return err
+}
+
+// bounded gives f as long as a supervisor is sure to wait.
+func bounded(f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return f(ctx)
+}
+
+// closed closes a listener that may be closed already.
+func closed(l net.Listener) func() error {
+	return func() error {
+		if err := l.Close(); !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		return nil
+	}
+}
+
+// parts opens what the engine works with.
+func (f *flags) parts(ctx context.Context, db *bun.DB, dir string, cfg *solstice.Config, open *closers) error {
+	q, err := storage.OpenQueue(ctx, db, cfg.Logger)
+	if err != nil {
+		return err
+	}
+	open.add(q.Close)
+	cfg.Queue = q
+	if storage.IsPostgres(db) { // which several orchestrators may share, and so the logs
+		blobs, err := f.Blobs.Open(dir)
+		if err != nil {
+			return err
+		}
+		open.add(blobs.Close)
+		cfg.Blobs = blobs
+	} else {
+		logs, err := filelog.Open(filepath.Join(dir, "logs"), filelog.Options{})
+		if err != nil {
+			return problem("cannot open the logs", err, "")
+		}
+		open.add(logs.Close)
+		cfg.Logs = logs
+	}
+	repos, err := localgit.Open(ctx, localgit.Config{Root: f.RepoRoot, StatusDir: filepath.Join(dir, "statuses")})
+	if err != nil {
+		return problem("cannot open the repositories of --repo-root", err, "")
+	}
+	open.add(repos.Close)
+	cfg.Forges = map[string]forge.Forge{"local": repos}
+
+	machines, err := processvm.New(processvm.Config{
+		Root: filepath.Join(dir, "machines"), Command: agent.Command(), StepEnv: daemon.StepEnvironment(f.PoolEnv...), Logger: cfg.Logger,
+	})
+	if err != nil {
+		return problem("cannot make machines here", err, "")
+	}
+	open.add(machines.Close)
+	if len(f.CapacityMap) == 0 {
+		cfg.Pools = []solstice.Pool{{Name: solstice.DefaultLabel, Provider: machines}}
+	}
+	for label, n := range f.CapacityMap {
+		if n < 1 {
+			return usage("the capacity of "+label+" is not positive", "correct --capacity-map")
+		}
+		cfg.Pools = append(cfg.Pools, solstice.Pool{Name: label, Provider: machines, Capacity: n})
+	}
+	return nil
+}
+
+func problem(what string, err error, advice string) error {
+	return &daemon.Problem{What: what, Err: err, Advice: advice}
+}
+
+func usage(what, advice string) error {
+	return &daemon.ExitError{Code: daemon.ExitUsage, Err: problem(what, nil, advice)}
+}
