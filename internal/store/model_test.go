@@ -326,7 +326,7 @@ func (a *mAttempt) live() bool { return a.state == "assigned" || a.state == "run
 
 func wantError(what string, got, want error) error {
 	if want == nil && got != nil || want != nil && !errors.Is(got, want) {
-		return fmt.Errorf("%s: error %v, want %v", what, got, want)
+		return fmt.Errorf("%s: error %s, want %s", what, fmt.Sprint(got), fmt.Sprint(want))
 	}
 	return nil
 }
@@ -528,9 +528,7 @@ func (m *model) claim(ctx context.Context, s step) (bool, error) {
 	p, o := modelPools[s.A%len(modelPools)], owner(s.B)
 	q := claimRequest(p, o, func() string { return m.id("m") })
 	q.Max, q.Warm = s.C%3, s.C/3%4/3
-	for _, id := range slices.Sorted(maps.Keys(m.machines)) {
-		q.Ready = append(q.Ready, id) // also some that are not
-	}
+	q.Ready = slices.Sorted(maps.Keys(m.machines)) // also some that are not
 	got, err := m.s.Claim(ctx, q)
 	if err != nil {
 		return false, err

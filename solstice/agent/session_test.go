@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -154,13 +156,17 @@ func TestStalledServer(t *testing.T) {
 // TestDrain: the agent goes elsewhere and comes back.
 func TestDrain(t *testing.T) {
 	s := newServer(t)
+	cfg := s.config()
 	s.onStart = func(ses *session) {
 		if ses.n < 4 {
 			ses.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Drain{Drain: &agentv1.Drain{}}})
+			return
 		}
+		must(t, os.WriteFile(filepath.Join(cfg.WorkDir, "go"), nil, 0o600))
 	}
-	s.spec = jobOf(script("echo done"))
-	checkResult(t, s.run(), succeeded, classNone)
+	s.spec = jobOf(script("while [ ! -e go ]; do sleep 0.01; done"))
+	must(t, s.runConfig(cfg))
+	checkResult(t, s.verdict(), succeeded, classNone)
 	if s.sessions != 4 {
 		t.Errorf("%d sessions", s.sessions)
 	}
