@@ -228,11 +228,17 @@ func (c *checkout) lfsServer() string {
 }
 
 // git runs a git command in the work tree, with its output in the step's log.
+// An error has only the last line of it.
 func (c *checkout) git(ctx context.Context, protocols []string, args ...string) error {
-	return c.prog.Run(ctx, gitcmd.Options{
+	err := c.prog.Run(ctx, gitcmd.Options{
 		Dir: c.a.cfg.WorkDir, Protocols: protocols, Stdout: c.out, Stderr: c.err,
 		Config: []string{"protocol.version=2", "init.defaultBranch=main", "http.proxy="},
 	}, args...)
+	if e, ok := errors.AsType[*gitcmd.Error](err); ok {
+		said := strings.TrimSpace(e.Stderr)
+		e.Stderr = said[strings.LastIndexByte(said, '\n')+1:]
+	}
+	return err
 }
 
 // unpack fetches the commit as a tar.

@@ -315,4 +315,18 @@ func TestCheckoutSubmodules(t *testing.T) {
 	if !strings.HasSuffix(s.logText(), "version 2\n") {
 		t.Errorf("log: %s", s.logText())
 	}
+
+	// What git has to say is in the log once; the reason is its last line.
+	git(t, r.dir, "config", "-f", ".gitmodules", "submodule.lib.url", web.URL+"/git/nothing")
+	git(t, r.dir, "commit", "-qam", "wrong")
+	head = git(t, r.dir, "rev-parse", "HEAD")
+	s = newServer(t)
+	s.source = r.serve(t, head)
+	s.spec = checkoutJob(head, 1, "true")
+	s.spec.Checkout.Submodules = true
+	f := s.run()
+	checkResult(t, f, failed, classUser)
+	if why := f.GetReason(); !strings.Contains(why, "git submodule: exit status") || strings.Contains(why, "\n") {
+		t.Errorf("reason %q", why)
+	}
 }
