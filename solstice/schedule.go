@@ -48,11 +48,23 @@ func decide(run *store.Run, jobs []*store.Job) []decision {
 		case !ok && spec.If == "":
 			d.state, d.reason = store.JobSkipped, "a job that it needs did not succeed"
 		case !ok:
-			d.state, d.reason = store.JobSkipped, "its condition is false: "+spec.If
+			d.state, d.reason = store.JobSkipped, whySkipped(cx, spec.If)
 		}
 		out = append(out, d)
 	}
 	return out
+}
+
+// whySkipped says why a condition does not hold: one that reads as true may
+// still ask for success() without a word.
+func whySkipped(cx workflow.Contexts, cond string) string {
+	if cx.Status != "" && cx.Status != workflow.StatusSuccess {
+		cx.Status = workflow.StatusSuccess
+		if held, err := cx.Condition(cond); err == nil && held {
+			return "a job that it needs did not succeed, and a condition without failure(), cancelled() or always() asks for success(): " + cond
+		}
+	}
+	return "its condition is false: " + cond
 }
 
 // needsOf gives the results that a job needs; false while any is open.

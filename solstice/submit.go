@@ -103,9 +103,18 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 	found := false
 	for _, file := range slices.Sorted(maps.Keys(files)) {
 		w, diags := workflow.Parse(file, files[file])
-		known = append(known, file)
+		base := path.Base(file)
+		stem := strings.TrimSuffix(base, path.Ext(base))
+		switch {
+		case diags.HasErrors(): // which may hide its name
+			known = append(known, file+" (which has errors)")
+		case w.Name != stem:
+			known = append(known, fmt.Sprintf("%s (%s)", file, w.Name))
+		default:
+			known = append(known, file)
+		}
 		if r.Workflow != "" {
-			if r.Workflow != file && r.Workflow != w.Name && r.Workflow != path.Base(file) {
+			if r.Workflow != file && r.Workflow != w.Name && r.Workflow != base && r.Workflow != stem {
 				continue
 			}
 		} else if ok, why := w.Match(triggerOf(r.Event)); !ok {

@@ -110,6 +110,22 @@ jobs:
 	r.want(t, 1)
 }
 
+// TestWhySkipped: a condition that is true as it reads, and one that is not.
+func TestWhySkipped(t *testing.T) {
+	t.Parallel()
+	dir := workflowRepo(t, `
+checkout: false
+jobs:
+  a: { steps: [{ run: exit 1 }] }
+  implicit: { needs: a, if: needs.a.result == 'failure', steps: [{ run: echo }] }
+  untrue: { needs: a, if: "always() && needs.a.result == 'success'", steps: [{ run: echo }] }
+  asked: { needs: a, if: "failure() && needs.a.result == 'failure'", steps: [{ run: echo }] }
+`)
+	r := newUser(t, dir).solstice("run")
+	has(t, "stdout", r.stdout, "asks for success(): needs.a.result == 'failure'\n", "its condition is false: always() && needs.a.result == 'success'\n", "✓ asked ")
+	r.want(t, 1)
+}
+
 func TestCouldNotRun(t *testing.T) {
 	t.Parallel()
 	broken := workflowRepo(t, "jobs:\n  a:\n    needs: b\n    stepz: []\n")
@@ -140,6 +156,10 @@ func TestCouldNotRun(t *testing.T) {
 		{"unknown input", fine, []string{"--input", "x=y"}, []string{`"x"`, "level"}},
 		{"unknown job", fine, []string{"--job", "biuld"}, []string{`"biuld"`, "build"}},
 		{"unknown workflow", fine, []string{"nope"}, []string{`"nope"`, workflowFile}},
+		{"name of a broken workflow", repository(t, map[string]string{
+			".solstice/workflows/a.yaml": "name: wanted\njobs: [\n", ".solstice/workflows/b.yaml": "name: other\njobs: {}\n", ".solstice/workflows/c.yml": green,
+		}), []string{"wanted"}, []string{"a.yaml (which has errors)", "c.yml (check)"}},
+		{"stem of a broken workflow", repository(t, map[string]string{".solstice/workflows/a.yaml": "name: wanted\njobs: [\n"}), []string{"a"}, []string{"a.yaml:2:", "nothing was run"}},
 		{"unknown ref", fine, []string{"--ref", "nope"}, []string{"nope"}},
 		{"unreachable repository", fine, []string{"--repo", filepath.Join(fine, "nowhere")}, []string{"cannot fetch"}},
 		{"relative repository", fine, []string{"--repo", "./x"}, []string{"cannot fetch ./x", "an absolute path"}},
