@@ -19,7 +19,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -225,6 +227,27 @@ func (e *Engine) drain() {
 			e.log.Warn("drain timed out, jobs are handed over", "jobs", left)
 			return
 		}
+	}
+}
+
+// slotsTaken names the attempts that have slots.
+func (e *Engine) slotsTaken() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Collect(maps.Keys(e.slots))
+}
+
+// settleSlots makes the slots agree with the live attempts that this engine
+// owns: agents come from other engines and leave for them. before are the slots
+// as they were when owned was looked up; younger ones are left alone.
+func (e *Engine) settleSlots(before []string, owned map[string]int64) {
+	for _, id := range before {
+		if _, mine := owned[id]; !mine {
+			e.freeSlot(id)
+		}
+	}
+	for id := range owned {
+		e.takeSlot(id) // if it is over by now, until the next time
 	}
 }
 

@@ -29,6 +29,7 @@ func (e *Engine) renewLoop(ctx context.Context) {
 		case <-tick.C:
 		}
 		attempts, machines := e.inContact()
+		slots := e.slotsTaken()
 		still, _, err := e.store.Renew(ctx, e.id, e.cfg.Timing.Lease, attempts, machines)
 		if err != nil {
 			if ctx.Err() == nil {
@@ -36,6 +37,7 @@ func (e *Engine) renewLoop(ctx context.Context) {
 			}
 			continue
 		}
+		e.settleSlots(slots, still)
 		e.mu.Lock()
 		for _, s := range e.sessions {
 			if ref := s.ref.Load(); ref != nil && still[ref.ID] != ref.Epoch {
