@@ -225,7 +225,7 @@ func TestPlans(t *testing.T) {
 			{"runs before", runsQuery(db, RunFilter{Limit: 50, Before: "r5"}, "", &runs).String(), "runs"},
 			{"runs of a forge", runsQuery(db, RunFilter{Limit: 50, Forge: "f1"}, "", &runs).String(), "runs_forge"},
 			{"runs of a repository", runsQuery(db, RunFilter{Limit: 50, Repo: "a1"}, "", &runs).String(), "runs_repo"},
-			{"stuck runs", stuckRuns(db, RunQueued, "", 100).String(), "runs_"},
+			{"stuck runs", stuckRuns(db, RunQueued, "r5", 100).String(), "runs_state"},
 			{"runs of a state", runsQuery(db, RunFilter{Limit: 50}, RunFailed, &runs).String(), "runs_state"},
 			{"runs of a commit", runsQuery(db, RunFilter{Limit: 50, Commit: "c77"}, "", &runs).String(), "runs_commit"},
 			{"runs of a ref", runsQuery(db, RunFilter{Limit: 50, Repo: "a1", Ref: "refs/heads/b7"}, "", &runs).String(), "runs_repo_ref"},

@@ -91,5 +91,8 @@ func stuckRuns(db bun.IDB, state RunState, after string, limit int) *bun.SelectQ
 	const jobs = "(SELECT count(*) FROM jobs WHERE jobs.run_id = run.id AND jobs.state IN "
 	return db.NewSelect().TableExpr("runs AS run").Column("id").
 		ColumnExpr("("+jobs+"('waiting')) > 0 AND "+jobs+"('queued', 'assigned', 'running')) = 0) AS stuck").
-		Where("state = ? AND id > ?", state, after).OrderBy("id", bun.OrderAsc).Limit(int64(limit))
+		// Not "state = ?": then PostgreSQL may well read all runs in the order of
+		// their IDs until enough are in that state.
+		Where("(state, id) > (?, ?) AND state <= ?", state, after, state).
+		OrderBy("state", bun.OrderAsc).OrderBy("id", bun.OrderAsc).Limit(int64(limit))
 }
