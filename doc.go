@@ -15,12 +15,14 @@
 //   - solstice/workflow: workflow files to validated plans, with diagnostics.
 //   - solstice/agent: what runs in the machine. solstice/api: its protocol.
 //   - solstice/logstream: logs that are appended at offsets, followed and sealed.
+//   - solstice/orchestrator: the engine as a service for people and programs, with
+//     tokens and roles.
 //   - solstice/daemon, solstice/telemetry: what a main is made of.
 //   - queue, blobstore, vmprovider, forge: the seams. Each is an interface, with
 //     helpers that every user needs, drivers in packages below it, and a
 //     conformance suite (queuetest, …) that anybody's driver can run.
-//   - examples: the CLI (examples/solstice), the agent's main, and an embedding
-//     in a hundred lines (examples/embed). They import nothing internal.
+//   - examples: the CLI (examples/solstice), the daemon (examples/orchestrator),
+//     the agent's main, and an embedding in a hundred lines (examples/embed). They import nothing internal.
 //   - internal/store: the rows and transitions that the engine stands on;
 //     internal/house: the rules of this module as tests.
 //

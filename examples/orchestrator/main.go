@@ -99,6 +99,10 @@ func (f *flags) run(ctx context.Context) (err error) {
 		return err
 	}
 	open.add(db.Close)
+	tls, err := f.certificates(dir, storage.IsPostgres(db))
+	if err != nil {
+		return err
+	}
 	if !storage.IsPostgres(db) || f.AutoMigrate {
 		if err := solstice.Migrate(ctx, db); err != nil {
 			return problem("cannot migrate the database", err, "")
@@ -115,10 +119,6 @@ func (f *flags) run(ctx context.Context) (err error) {
 		return problem("cannot make the first token", err, "")
 	}
 
-	tls, err := f.certificates(dir, storage.IsPostgres(db))
-	if err != nil {
-		return err
-	}
 	cfg := solstice.Config{
 		DB: db, Logger: log, MaxConcurrency: f.MaxConcurrency, DrainTimeout: f.DrainTimeout, AgentTLS: tls.agents,
 	}

@@ -37,8 +37,8 @@ jobs:
 func TestEndToEnd(t *testing.T) {
 	o := start(t, filepath.Join(t.TempDir(), "state"), "--capacity-map=host=3,debian-12=2")
 	c, ctx := o.client()
-	run := submit(t, c, ctx, greeting)
-	done := over(t, c, ctx, run.GetId())
+	run := submit(ctx, t, c, greeting)
+	done := over(ctx, t, c, run.GetId())
 	if done.GetState() != pb.RunState_RUN_STATE_FAILED || len(done.GetJobs()) != 3 || done.GetEvent() != "manual" {
 		t.Fatalf("run %v", done)
 	}
@@ -48,11 +48,11 @@ func TestEndToEnd(t *testing.T) {
 	}
 
 	for _, follow := range []bool{false, true} {
-		whole := tail(t, c, ctx, &pb.TailLogRequest{Of: &pb.TailLogRequest_JobId{JobId: hello.GetId()}, Follow: follow}, nil)
+		whole := tail(ctx, t, c, &pb.TailLogRequest{Of: &pb.TailLogRequest_JobId{JobId: hello.GetId()}, Follow: follow}, nil)
 		if !bytes.Contains(whole, []byte("hello from")) {
 			t.Errorf("log %q", whole)
 		}
-		part := tail(t, c, ctx, &pb.TailLogRequest{Of: &pb.TailLogRequest_AttemptId{AttemptId: hello.GetAttemptId()}, From: 3, Follow: follow}, nil)
+		part := tail(ctx, t, c, &pb.TailLogRequest{Of: &pb.TailLogRequest_AttemptId{AttemptId: hello.GetAttemptId()}, From: 3, Follow: follow}, nil)
 		if !bytes.Equal(part, whole[3:]) {
 			t.Errorf("from offset 3: %q of %q", part, whole)
 		}
@@ -69,7 +69,7 @@ func TestEndToEnd(t *testing.T) {
 	if err != nil || again.GetRun().GetRerunOf() != run.GetId() || again.GetRun().GetJobs()[0].GetCopiedFrom() != hello.GetId() {
 		t.Fatalf("rerun %v, %v", again, err)
 	}
-	over(t, c, ctx, again.GetRun().GetId())
+	over(ctx, t, c, again.GetRun().GetId())
 
 	// A page at a time.
 	first, err := c.ListRuns(ctx, &pb.ListRunsRequest{PageSize: 1})
@@ -81,7 +81,7 @@ func TestEndToEnd(t *testing.T) {
 		t.Errorf("second page %v, %v", second, err)
 	}
 
-	waits := submit(t, c, ctx, "name: w\njobs: {w: {runs-on: nowhere, steps: [{run: 'true'}]}}")
+	waits := submit(ctx, t, c, "name: w\njobs: {w: {runs-on: nowhere, steps: [{run: 'true'}]}}")
 	job, err = c.GetJob(ctx, &pb.GetJobRequest{JobId: waits.GetJobs()[0].GetId()})
 	if err != nil || job.GetWaiting().GetReason() != pb.WaitReason_WAIT_REASON_NO_POOL {
 		t.Errorf("a job that no pool serves: %v, %v", job, err)
@@ -89,7 +89,7 @@ func TestEndToEnd(t *testing.T) {
 	if _, err := c.CancelRun(ctx, &pb.CancelRunRequest{RunId: waits.GetId(), Reason: "not needed"}); err != nil {
 		t.Error(err)
 	}
-	if got := over(t, c, ctx, waits.GetId()); got.GetState() != pb.RunState_RUN_STATE_CANCELLED || got.GetReason() != "not needed" {
+	if got := over(ctx, t, c, waits.GetId()); got.GetState() != pb.RunState_RUN_STATE_CANCELLED || got.GetReason() != "not needed" {
 		t.Errorf("cancelled: %v", got)
 	}
 
@@ -230,7 +230,7 @@ func TestJobOutlivesItsOrchestrator(t *testing.T) {
 			dir, gate := filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "gate")
 			o := start(t, dir, "--drain-timeout=100ms")
 			c, ctx := o.client()
-			run := submit(t, c, ctx, fmt.Sprintf(`
+			run := submit(ctx, t, c, fmt.Sprintf(`
 name: count
 jobs:
   count:
@@ -242,7 +242,7 @@ jobs:
 `, gate))
 			of := &pb.TailLogRequest_JobId{JobId: run.GetJobs()[0].GetId()}
 			half := func(p []byte) bool { return bytes.Contains(p, []byte("\n5000\n")) }
-			tail(t, c, ctx, &pb.TailLogRequest{Of: of, Follow: true}, half)
+			tail(ctx, t, c, &pb.TailLogRequest{Of: of, Follow: true}, half)
 			o.stop(how)
 			if how == syscall.SIGTERM && o.err != nil {
 				t.Errorf("after SIGTERM: %v", o.err)
@@ -253,7 +253,7 @@ jobs:
 
 			o = start(t, dir, "--agent-addr="+o.agent)
 			c, ctx = o.client()
-			done := over(t, c, ctx, run.GetId())
+			done := over(ctx, t, c, run.GetId())
 			if done.GetState() != pb.RunState_RUN_STATE_SUCCEEDED || done.GetJobs()[0].GetAttempts() != 1 {
 				t.Errorf("run %v", done)
 			}
@@ -262,7 +262,7 @@ jobs:
 			for i := range 10000 {
 				fmt.Fprintln(&want, i+1)
 			}
-			if got := tail(t, c, ctx, &pb.TailLogRequest{Of: of}, nil); !bytes.Equal(got, want.Bytes()) {
+			if got := tail(ctx, t, c, &pb.TailLogRequest{Of: of}, nil); !bytes.Equal(got, want.Bytes()) {
 				t.Errorf("the log has %d bytes, want %d: %.80q … ", len(got), want.Len(), got)
 			}
 		})

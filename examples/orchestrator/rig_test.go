@@ -244,7 +244,7 @@ func repository(t *testing.T, workflow string) (*pb.Repo, string) {
 }
 
 // submit accepts the one run of a repository's workflow.
-func submit(t *testing.T, c pb.OrchestratorServiceClient, ctx context.Context, workflow string) *pb.Run {
+func submit(ctx context.Context, t *testing.T, c pb.OrchestratorServiceClient, workflow string) *pb.Run {
 	t.Helper()
 	repo, commit := repository(t, workflow)
 	resp, err := c.Submit(ctx, &pb.SubmitRequest{Repo: repo, Commit: commit, Ref: "refs/heads/main"})
@@ -255,7 +255,7 @@ func submit(t *testing.T, c pb.OrchestratorServiceClient, ctx context.Context, w
 }
 
 // over watches a run to its end.
-func over(t *testing.T, c pb.OrchestratorServiceClient, ctx context.Context, id string) *pb.Run {
+func over(ctx context.Context, t *testing.T, c pb.OrchestratorServiceClient, id string) *pb.Run {
 	t.Helper()
 	stream, err := c.WatchRun(ctx, &pb.WatchRunRequest{RunId: id})
 	if err != nil {
@@ -275,7 +275,7 @@ func over(t *testing.T, c pb.OrchestratorServiceClient, ctx context.Context, id 
 }
 
 // tail reads a log until enough says so, or its end.
-func tail(t *testing.T, c pb.OrchestratorServiceClient, ctx context.Context, r *pb.TailLogRequest, enough func([]byte) bool) []byte {
+func tail(ctx context.Context, t *testing.T, c pb.OrchestratorServiceClient, r *pb.TailLogRequest, enough func([]byte) bool) []byte {
 	t.Helper()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

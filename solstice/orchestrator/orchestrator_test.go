@@ -63,7 +63,7 @@ type rig struct {
 	srv    *orchestrator.Server
 	conn   *grpc.ClientConn
 	client pb.OrchestratorServiceClient
-	secret string // of a read token
+	secret string        // of a read token
 	begun  chan struct{} // gets one when a stream begins on the server
 	ended  chan struct{} // and when it ended there
 	run    solstice.Run
