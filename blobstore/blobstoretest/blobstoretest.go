@@ -2,7 +2,7 @@
 // runs it in one call:
 //
 //	func TestConformance(t *testing.T) {
-//		blobstoretest.Test(t, blobstoretest.Harness{
+//		blobstoretest.Run(t, blobstoretest.Harness{
 //			Open: func(tb testing.TB) blobstore.Store { return mydriver.New(tb.TempDir()) },
 //		})
 //	}
@@ -42,8 +42,8 @@ type check struct {
 	run  func(tb testing.TB, h Harness)
 }
 
-// Test runs the suite.
-func Test(t *testing.T, h Harness) {
+// Run runs the suite.
+func Run(t *testing.T, h Harness) {
 	for _, c := range checks {
 		t.Run(c.name, func(t *testing.T) { c.run(t, h) })
 	}

@@ -354,7 +354,7 @@ func flawedHarness(flaw string) Harness {
 	return h
 }
 
-func TestRightDriverPasses(t *testing.T) { Test(t, flawedHarness("")) }
+func TestRightDriverPasses(t *testing.T) { Run(t, flawedHarness("")) }
 
 // Every flaw is found by the checks named with it, and every check finds one.
 func TestBrokenDriversFail(t *testing.T) {

@@ -66,13 +66,13 @@ func leftovers(tb testing.TB, bs blobstore.Store) (left []string) {
 	return left
 }
 
-func TestConformance(t *testing.T)       { blobstoretest.Test(t, harness(Options{})) }
-func TestConformanceNoSync(t *testing.T) { blobstoretest.Test(t, harness(Options{NoSync: true})) }
+func TestConformance(t *testing.T)       { blobstoretest.Run(t, harness(Options{})) }
+func TestConformanceNoSync(t *testing.T) { blobstoretest.Run(t, harness(Options{NoSync: true})) }
 
 func TestConformanceSmallPages(t *testing.T) {
 	defer func(n int) { pageSize = n }(pageSize)
 	pageSize = 2
-	blobstoretest.Test(t, harness(Options{NoSync: true}))
+	blobstoretest.Run(t, harness(Options{NoSync: true}))
 }
 
 func FuzzNames(f *testing.F) {

@@ -9,7 +9,7 @@ import (
 )
 
 func TestConformance(t *testing.T) {
-	blobstoretest.Test(t, blobstoretest.Harness{
+	blobstoretest.Run(t, blobstoretest.Harness{
 		Open: func(testing.TB) blobstore.Store { return memblob.New() },
 	})
 }

@@ -40,7 +40,7 @@ func TestLogIndex(t *testing.T) {
 			}
 			return &indexed{s, blobs, index}
 		}
-		logstreamtest.Test(t, logstreamtest.Harness{
+		logstreamtest.Run(t, logstreamtest.Harness{
 			Open: func(tb testing.TB) logstream.Store {
 				// The checks are about one store each, and reuse names.
 				ctx := context.WithoutCancel(tb.Context())

@@ -162,7 +162,9 @@ func (r *race) act(ctx context.Context, rnd *rand.Rand, s *store.Store, who stri
 		if run == "" {
 			return nil
 		}
-		_, err := s.WithRun(ctx, run, func(ctx context.Context, t *store.RunTx) error { return errors.Join(cancelRun(ctx, t, who), advanceRun(ctx, t)) })
+		_, err := s.WithRun(ctx, run, func(ctx context.Context, t *store.RunTx) error {
+			return errors.Join(cancelRun(ctx, t, who), advanceRun(ctx, t))
+		})
 		return err
 	case 20:
 		return s.Release(ctx, who)
@@ -371,8 +373,10 @@ func TestAuditNoticesAMissingLock(t *testing.T) {
 		s, err := r.process(t.Context(), 0)
 		must(t, err)
 		row, jobs := rowsOf(&mRun{id: "run", state: "queued", path: "w"}, "forge/a", []*mJob{
-			{id: "a", key: "a", label: "l0", repo: "forge/a", state: "queued"}, {id: "b", key: "b", label: "l0", repo: "forge/a", state: "queued"},
-			{id: "c", key: "c", label: "l0", repo: "forge/a", state: "queued"}, {id: "d", key: "d", label: "l0", repo: "forge/a", state: "queued"},
+			{id: "a", key: "a", label: "l0", repo: "forge/a", state: "queued"},
+			{id: "b", key: "b", label: "l0", repo: "forge/a", state: "queued"},
+			{id: "c", key: "c", label: "l0", repo: "forge/a", state: "queued"},
+			{id: "d", key: "d", label: "l0", repo: "forge/a", state: "queued"},
 		})
 		must(t, s.InsertRun(t.Context(), row, jobs))
 		p := modelPools[0]

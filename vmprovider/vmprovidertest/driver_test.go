@@ -56,7 +56,7 @@ func run(t *testing.T, h vmprovidertest.Harness, c vmprovidertest.Check) (failur
 				r.cleanups[i]()
 			}
 		}()
-		applies = vmprovidertest.Do(r, h, c)
+		applies = vmprovidertest.Verify(r, h, c)
 	}()
 	<-done
 	r.mu.Lock()

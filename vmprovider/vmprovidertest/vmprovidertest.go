@@ -78,15 +78,15 @@ func Run(t *testing.T, h Harness) {
 	t.Helper()
 	for _, c := range Checks() {
 		t.Run(c.Name, func(t *testing.T) {
-			if !Do(t, h, c) {
+			if !Verify(t, h, c) {
 				t.Logf("does not apply to this driver")
 			}
 		})
 	}
 }
 
-// Do runs one check, and says whether it applies.
-func Do(t T, h Harness, c Check) bool {
+// Verify runs one check, and says whether it applies.
+func Verify(t T, h Harness, c Check) bool {
 	t.Helper()
 	s := &Suite{T: t, h: h}
 	timeout := h.Timeout

@@ -59,22 +59,22 @@ func memIndex() Index { return &MemIndex{} }
 func TestConformanceMemory(t *testing.T) {
 	h := harness(Options{}, mem, memIndex)
 	h.MemoryStored = true
-	logstreamtest.Test(t, h)
+	logstreamtest.Run(t, h)
 }
 
 func TestConformanceFiles(t *testing.T) {
-	logstreamtest.Test(t, harness(Options{Linger: -1}, files, memIndex))
+	logstreamtest.Run(t, harness(Options{Linger: -1}, files, memIndex))
 }
 
 // Without a Watcher, in chunks of a few bytes.
 func TestConformancePolling(t *testing.T) {
 	h := harness(Options{Linger: -1, ChunkBytes: 7, Poll: 5 * time.Millisecond}, mem, func() Index { return silent{&MemIndex{}} })
 	h.MemoryStored = true
-	logstreamtest.Test(t, h)
+	logstreamtest.Run(t, h)
 }
 
 func TestConformanceUncompacted(t *testing.T) {
 	h := harness(Options{NoCompaction: true, Linger: -1}, mem, memIndex)
 	h.MemoryStored = true
-	logstreamtest.Test(t, h)
+	logstreamtest.Run(t, h)
 }

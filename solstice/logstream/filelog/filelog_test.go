@@ -33,10 +33,10 @@ func harness(o Options) logstreamtest.Harness {
 	}
 }
 
-func TestConformance(t *testing.T) { logstreamtest.Test(t, harness(Options{})) }
+func TestConformance(t *testing.T) { logstreamtest.Run(t, harness(Options{})) }
 
 // With tiny bounds checkpoints run all the time and files are opened and
 // closed for every append.
 func TestConformanceTiny(t *testing.T) {
-	logstreamtest.Test(t, harness(Options{JournalBytes: 1, MaxOpenStreams: 1, NoSync: true}))
+	logstreamtest.Run(t, harness(Options{JournalBytes: 1, MaxOpenStreams: 1, NoSync: true}))
 }

@@ -367,7 +367,7 @@ func brokenHarness(flaw string) Harness {
 	}
 }
 
-func TestRightImplementationPasses(t *testing.T) { Test(t, brokenHarness("")) }
+func TestRightImplementationPasses(t *testing.T) { Run(t, brokenHarness("")) }
 
 // Every flaw is found by the checks named with it, and every check finds one.
 func TestBrokenImplementationsFail(t *testing.T) {
