@@ -1,12 +1,15 @@
 package store_test
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/uptrace/bun"
 
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/internal/testenv"
@@ -70,6 +73,43 @@ func TestOutbox(t *testing.T) {
 		_, got = r.take("o5", 10)
 		eq(t, "leases run out", got, "a:2 a:3 c:4")
 	})
+}
+
+// before runs a function once, before the first statement that fits.
+type before struct {
+	fits func(statement string) bool
+	run  func()
+	once sync.Once
+}
+
+func (b *before) BeforeQuery(ctx context.Context, e *bun.QueryEvent) context.Context {
+	if b.fits(e.Query) {
+		b.once.Do(b.run)
+	}
+	return ctx
+}
+
+func (*before) AfterQuery(context.Context, *bun.QueryEvent) {}
+
+// What commits while older messages of its key are taken is neither deleted
+// nor forgotten. Only PostgreSQL has two writers at once.
+func TestOutboxKeepsWhatComesMeanwhile(t *testing.T) {
+	r := outboxRig(t, testenv.Postgres(t))
+	r.put("c*:1 c*:2")
+	b := &before{
+		fits: func(s string) bool { return strings.HasPrefix(s, "DELETE") },
+		run:  func() { r.put("c*:3") },
+	}
+	s, err := store.New(t.Context(), r.db.WithQueryHook(b), store.Options{})
+	must(t, err)
+	first, err := s.OutboxClaim(t.Context(), "o1", 10, time.Minute)
+	must(t, err)
+	if len(first) != 1 || string(first[0].Body) != "2" {
+		t.Fatalf("claimed %v, want the newest that was read", first)
+	}
+	must(t, r.OutboxDone(t.Context(), first[0].ID))
+	_, got := r.take("o1", 10)
+	eq(t, "what came meanwhile", got, "c:3")
 }
 
 func TestOutboxKeepsOrderPerKey(t *testing.T) {
