@@ -135,7 +135,7 @@ var faults = map[string]fault{
 		return f.exec(ctx, "UPDATE jobs SET retries = '{}'")
 	}}),
 	"a job that is over runs again": with(faulty{withRun: func(f *faulty, ctx context.Context, runID string) error {
-		return f.exec(ctx, "UPDATE jobs SET state = 'queued' WHERE state = 'errored' AND run_id = ?", runID)
+		return f.exec(ctx, "UPDATE jobs SET state = 'queued' WHERE state IN ('errored', 'failed', 'timed_out') AND run_id = ?", runID)
 	}}),
 	"a run's state is overwritten": with(faulty{withRun: func(f *faulty, ctx context.Context, runID string) error {
 		return f.exec(ctx, "UPDATE runs SET state = 'succeeded' WHERE state = 'failed' AND id = ?", runID)

@@ -302,11 +302,13 @@ func (r *race) relay(ctx context.Context, rnd *rand.Rand, s *store.Store, who st
 // them starting again and again, while every moment's rows are audited; then
 // everything is driven to its end.
 func TestModelConcurrently(t *testing.T) {
-	const workers, actions = 6, 120
+	const workers, actions, audited = 6, 100, 8
 	testenv.Databases(t, func(t *testing.T, url string) {
 		r := newRace(t, url)
 		ctx := t.Context()
 		seed := rand.Uint64()
+		var acts atomic.Int64
+		acted := make(chan struct{}, 1)
 		t.Logf("seed %d", seed)
 		var wg sync.WaitGroup
 		for w := range workers {
@@ -315,8 +317,17 @@ func TestModelConcurrently(t *testing.T) {
 				s, err := r.process(ctx, w)
 				for i := 0; i < actions && err == nil; i++ {
 					r.note(r.act(ctx, rnd, s, fmt.Sprint("o", w)))
+					if acts.Add(1)%audited == 0 {
+						select {
+						case acted <- struct{}{}:
+						default: // it is looking
+						}
+					}
 					if rnd.IntN(16) == 0 {
 						r.offset.Add(int64(time.Minute))
+					}
+					if rnd.IntN(100) == 0 {
+						r.offset.Add(int64(rnd.IntN(3)-1) * int64(24*time.Hour))
 					}
 					if w == 0 && rnd.IntN(8) == 0 {
 						s, err = r.process(ctx, i)
@@ -335,7 +346,7 @@ func TestModelConcurrently(t *testing.T) {
 			select {
 			case <-over:
 				running = false
-			default:
+			case <-acted:
 			}
 			now, err := look(ctx, r.dbs[0])
 			if err == nil {
@@ -355,6 +366,9 @@ func TestModelConcurrently(t *testing.T) {
 		if t.Failed() {
 			return
 		}
+		now, err := last.Now(ctx)
+		must(t, err)
+		r.offset.Add(max(0, latest-now) * int64(time.Microsecond)) // corrected, however far it jumped back
 		if err := drain(ctx, last, r.dbs[0], r.sent, func(d time.Duration) { r.offset.Add(int64(d)) }); err != nil {
 			t.Error(err)
 		}
