@@ -60,8 +60,9 @@ type Config struct {
 	// RunnerURL is where guests download the agent; a process pool needs none.
 	RunnerURL string
 
-	// MaxConcurrency bounds the jobs under way in this engine's pools; 0: the
-	// number of CPUs.
+	// MaxConcurrency bounds the jobs that this engine has under way: it claims no
+	// more. Those whose agents come from another engine count, and are not
+	// turned away. 0: the number of CPUs.
 	MaxConcurrency int
 	// Retries bounds how often a job is tried again after a failure of each
 	// class. nil: boot 2, agent_lost 2, infra 2.

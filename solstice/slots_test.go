@@ -17,6 +17,7 @@ import (
 func TestSlotOfAnotherEngine(t *testing.T) {
 	p := newPlant(t, testenv.Postgres(t))
 	p.Capacity = 1
+	patient(p)
 	boots := make(chan vmprovider.Bootstrap, 8)
 	hypervisor := memvm.New(memvm.Config{Script: func(s vmprovider.Spec) memvm.Script { boots <- s.Bootstrap; return memvm.Script{} }})
 	first, _ := p.start(t, func(c *solstice.Config) { c.Pools[0].Provider = hypervisor })
