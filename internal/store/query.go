@@ -120,7 +120,7 @@ func (s *Store) emit(ctx context.Context, tx bun.Tx, now int64, run *Run, jobs [
 // Run reads one run.
 func (s *Store) Run(ctx context.Context, id string) (*Run, error) {
 	r := new(Run)
-	return r, found(s.db.NewSelect().Model(r).Where("id = ? AND collected < ?", id, RunGoing).Scan(ctx), "run", id)
+	return r, found(s.db.NewSelect().Model(r).Where("id = ?", id).Scan(ctx), "run", id)
 }
 
 // RunByKey finds the run that made InsertRun say ErrDuplicate. Empty keys are
@@ -177,7 +177,7 @@ func (s *Store) Runs(ctx context.Context, f RunFilter) ([]*Run, error) {
 }
 
 func runsQuery(db bun.IDB, f RunFilter, state RunState, out *[]*Run) *bun.SelectQuery {
-	q := db.NewSelect().Model(out).Where("collected < ?", RunGoing).OrderBy("id", bun.OrderDesc).Limit(int64(f.Limit))
+	q := db.NewSelect().Model(out).OrderBy("id", bun.OrderDesc).Limit(int64(f.Limit))
 	for _, c := range []struct{ column, is string }{
 		{"forge", f.Forge}, {"repo_key", f.Repo}, {"state", string(state)}, {"commit", f.Commit}, {"ref", f.Ref},
 	} {
@@ -201,7 +201,7 @@ func (s *Store) RunsByPrefix(ctx context.Context, prefix string, limit int) ([]s
 
 func runsByPrefix(db bun.IDB, prefix string, limit int) *bun.SelectQuery {
 	return db.NewSelect().Model((*Run)(nil)).Column("id").Where("id >= ? AND id < ?", prefix, prefix+"\x7f").
-		Where("collected < ?", RunGoing).OrderBy("id", bun.OrderAsc).Limit(int64(limit))
+		OrderBy("id", bun.OrderAsc).Limit(int64(limit))
 }
 
 // Jobs lists the jobs of a run in the plan's order.

@@ -62,17 +62,6 @@ func (s RunState) Terminal() bool {
 	return false
 }
 
-// Collected says how far retention is with a run.
-type Collected int64
-
-// What is left of a run.
-const (
-	Whole     Collected = iota // everything
-	LogsGoing                  // its logs are being deleted
-	LogsGone                   // everything but its logs
-	RunGoing                   // it is being deleted: it counts as absent
-)
-
 // JobState of a job.
 type JobState string
 
@@ -150,7 +139,6 @@ type Run struct {
 	CreatedAt      int64
 	StartedAt      int64
 	FinishedAt     int64
-	Collected      Collected
 }
 
 // Job is one node of a run's plan.

@@ -52,8 +52,7 @@ CREATE TABLE runs (
 	version         BIGINT NOT NULL,
 	created_at      BIGINT NOT NULL,
 	started_at      BIGINT NOT NULL,
-	finished_at     BIGINT NOT NULL,
-	collected       BIGINT NOT NULL
+	finished_at     BIGINT NOT NULL
 );
 CREATE UNIQUE INDEX runs_delivery ON runs (forge, delivery, workflow_path) WHERE delivery <> '';
 CREATE UNIQUE INDEX runs_idempotency ON runs (idempotency_key, workflow_path) WHERE idempotency_key <> '';
@@ -63,8 +62,6 @@ CREATE INDEX runs_repo_state ON runs (repo_key, state, id);
 CREATE INDEX runs_repo_ref ON runs (repo_key, ref, id);
 CREATE INDEX runs_forge ON runs (forge, id);
 CREATE INDEX runs_commit ON runs ("commit", id);
--- What retention looks for: how far a run is collected, oldest end first.
-CREATE INDEX runs_collected ON runs (collected, finished_at) WHERE finished_at > 0;
 
 CREATE TABLE jobs (
 	id          {{text}} PRIMARY KEY,
@@ -98,7 +95,6 @@ CREATE INDEX jobs_queue ON jobs (label, repo_key, priority DESC, queued_at, id) 
 CREATE INDEX jobs_active ON jobs (repo_key) WHERE state IN ('assigned', 'running');
 CREATE INDEX jobs_waiting ON jobs (run_id) WHERE state = 'waiting';
 CREATE INDEX jobs_hold ON jobs (hold_id) WHERE hold_id <> '';
-CREATE INDEX jobs_copied ON jobs (copied_from) WHERE copied_from <> '';
 
 CREATE TABLE attempts (
 	id            {{text}} PRIMARY KEY,
@@ -176,7 +172,6 @@ CREATE UNIQUE INDEX machines_cred ON machines (cred_hash) WHERE cred_hash <> '';
 CREATE INDEX machines_host ON machines (host, pool) WHERE state <> 'gone';
 CREATE INDEX machines_owner ON machines (owner) WHERE state <> 'gone';
 CREATE INDEX machines_live ON machines (id) WHERE state <> 'gone';
-CREATE INDEX machines_gone ON machines (gone_at) WHERE state = 'gone';
 
 CREATE TABLE outbox (
 	id            {{serial}},
