@@ -236,7 +236,7 @@ func (e *Engine) consumers() ([]func(context.Context), error) {
 	if err != nil {
 		return nil, fmt.Errorf("solstice: subscribe to %s: %w", TopicWake, err)
 	}
-	loops := []func(context.Context){func(ctx context.Context) { e.hearWakes(ctx, wakes) }}
+	loops := []func(context.Context){func(ctx context.Context) { e.wakeLoop(ctx, wakes) }}
 	consume := func(topic string, concurrency int, handle func(context.Context, queue.Message) error) {
 		c := &queue.Consumer{
 			Queue: e.cfg.Queue, Topic: topic, Group: consumerGroup, Concurrency: concurrency, Handler: handle,
@@ -264,6 +264,27 @@ func (e *Engine) consumers() ([]func(context.Context), error) {
 	return loops, nil
 }
 
+// wakeLoop hears wake-ups, and subscribes anew when the queue had failed.
+func (e *Engine) wakeLoop(ctx context.Context, sub queue.Subscription) {
+	retry := backoff.NewExponentialBackOff()
+	for {
+		if sub != nil {
+			e.hearWakes(ctx, sub)
+			retry.Reset()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(retry.NextBackOff()):
+		}
+		var err error
+		if sub, err = e.cfg.Queue.Subscribe(ctx, TopicWake, queue.SubscribeOptions{}); err != nil {
+			sub = nil
+			e.log.WarnContext(ctx, "no wake-ups, the slow tick goes on", "error", err)
+		}
+	}
+}
+
 func (e *Engine) hearWakes(ctx context.Context, sub queue.Subscription) {
 	defer func() { _ = sub.Close() }()
 	for _, p := range e.pools {
@@ -273,7 +294,7 @@ func (e *Engine) hearWakes(ctx context.Context, sub queue.Subscription) {
 		d, err := sub.Next(ctx)
 		if err != nil {
 			if ctx.Err() == nil {
-				e.log.WarnContext(ctx, "wake-ups end, the slow tick goes on", "error", err)
+				e.log.WarnContext(ctx, "wake-ups were interrupted", "error", err)
 			}
 			return
 		}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/testenv"
+	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -503,5 +504,36 @@ func TestAgentKilledTwoEngines(t *testing.T) {
 			_, err := os.Stat(filepath.Join(p.machinesDir(), machines[i]))
 			return os.IsNotExist(err)
 		})
+	}
+}
+
+// deafQueue breaks the first subscription to wake-ups, and counts them.
+type deafQueue struct {
+	queue.Queue
+	subscribed atomic.Int64
+}
+
+func (q *deafQueue) Subscribe(ctx context.Context, topic string, o queue.SubscribeOptions) (queue.Subscription, error) {
+	sub, err := q.Queue.Subscribe(ctx, topic, o)
+	if topic == solstice.TopicWake && err == nil && q.subscribed.Add(1) == 1 {
+		err = sub.Close() // so that Next fails
+	}
+	return sub, err
+}
+
+// TestWakeUpsComeBack: an engine whose subscription failed hears of work again.
+func TestWakeUpsComeBack(t *testing.T) {
+	p := newPlant(t, testenv.SQLite(t))
+	p.Timing.Tick = time.Hour // nothing but a wake-up finds work
+	q := &deafQueue{}
+	p.start(t, func(c *solstice.Config) {
+		q.Queue = c.Queue
+		c.Queue = q
+	})
+	other, _ := p.start(t, func(c *solstice.Config) { c.Pools = nil })
+	eventually(t, "the engine subscribes again", func() bool { return q.subscribed.Load() > 1 })
+	r := finish(t, other, p.submit(t, other, "checkout: false\njobs: { a: { steps: [ { run: echo hi } ] } }\n").ID)
+	if r.State != solstice.RunSucceeded {
+		t.Errorf("run is %s", r.State)
 	}
 }
