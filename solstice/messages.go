@@ -53,11 +53,15 @@ type wakeMessage struct {
 // transaction of the change, so it only looks at its arguments.
 func (e *Engine) statuses(run *store.Run, jobs []*store.Job) []store.OutboxMessage {
 	repo := decode[forge.Repo](run.Repo)
+	var attributes json.RawMessage // the report belongs to the run's trace
+	if run.Trace != "" {
+		attributes = encode(map[string]string{"traceparent": run.Trace})
+	}
 	var out []store.OutboxMessage
 	add := func(s forge.Status) {
 		out = append(out, store.OutboxMessage{
 			Key: run.Forge + "/" + repo.FullName() + "/" + run.Commit + "/" + s.Key, Topic: TopicStatus + "." + run.Forge,
-			ContentType: ContentTypeStatus, Coalesce: true,
+			ContentType: ContentTypeStatus, Coalesce: true, Attributes: attributes,
 			Body: encode(StatusMessage{Forge: run.Forge, Repo: repo, Commit: run.Commit, Status: s}),
 		})
 	}

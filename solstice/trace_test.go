@@ -26,7 +26,8 @@ func TestTrace(t *testing.T) {
 	}
 	submit.End()
 	finish(t, eng, runs[0].ID)
-	phases := []string{"job", "queued", "machine.create", "boot", "enrol", "attempt", "step", "upload", "machine.destroy"}
+	// The last is the report to the forge, on the far side of outbox and queue.
+	phases := []string{"job", "queued", "machine.create", "boot", "enrol", "attempt", "step", "upload", "machine.destroy", "process status.local"}
 	eventually(t, "all phases are traced", func() bool {
 		missing := slices.Clone(phases)
 		for _, s := range spans.Ended() {
