@@ -285,7 +285,7 @@ func (p *pool) sweep(ctx context.Context) error {
 		p.mu.Unlock()
 		switch {
 		case m.State == store.MachineDestroying:
-			e.background(func() { e.destroy(ctx, m) })
+			e.background(func() { e.destroy(context.WithoutCancel(ctx), m) }) // begun, it is brought to its end
 		case creating:
 		case !there && m.State == store.MachineProvisioning && live && m.Owner != e.id:
 			// Its owner is about to create it.
