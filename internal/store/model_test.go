@@ -583,7 +583,7 @@ func (m *model) claim(ctx context.Context, s step) (bool, error) {
 			lease: m.now + modelLease.Microseconds(), bootBy: m.now + modelBoot.Microseconds(),
 		}
 	}
-	return true, nil
+	return q.Max+q.Warm > 0, nil // else there was no transaction
 }
 
 func claimRequest(p modelPool, owner string, id func() string) store.ClaimRequest {
