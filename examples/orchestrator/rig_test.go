@@ -47,9 +47,13 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// binary builds the program, once, with the race detector if the tests have it.
-var binary = sync.OnceValues(func() (string, error) {
-	args := []string{"build", "-o", filepath.Join(scratch, "orchestrator")}
+// binary builds the program, once.
+var binary = sync.OnceValues(func() (string, error) { return build("orchestrator") })
+
+// build makes the program, with the race detector if the tests have it.
+func build(name string, flags ...string) (string, error) {
+	exe := filepath.Join(scratch, name)
+	args := append([]string{"build", "-o", exe}, flags...)
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range info.Settings {
 			if s.Key == "-race" && s.Value == "true" {
@@ -60,8 +64,8 @@ var binary = sync.OnceValues(func() (string, error) {
 	if out, err := exec.Command("go", append(args, ".")...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}
-	return filepath.Join(scratch, "orchestrator"), nil
-})
+	return exe, nil
+}
 
 // command has the search path and nothing else of the environment.
 func command(t *testing.T, args ...string) *exec.Cmd {
@@ -70,6 +74,10 @@ func command(t *testing.T, args ...string) *exec.Cmd {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return commandOf(exe, args...)
+}
+
+func commandOf(exe string, args ...string) *exec.Cmd {
 	cmd := exec.Command(exe, args...)
 	cmd.Env = []string{"PATH=" + daemon.Environment("PATH")["PATH"], "HOME=" + scratch}
 	return cmd
@@ -77,21 +85,40 @@ func command(t *testing.T, args ...string) *exec.Cmd {
 
 // process is a daemon that runs.
 type process struct {
-	t     *testing.T
-	dir   string
-	cmd   *exec.Cmd
-	grpc  string
-	http  string
-	agent string
-	ended chan struct{} // closed when it is gone, and err is set
-	err   error
+	t       *testing.T
+	dir     string
+	cmd     *exec.Cmd
+	grpc    string
+	http    string
+	agent   string
+	started chan struct{} // closed when it listens, and the addresses are set
+	ended   chan struct{} // closed when it is gone, and err is set
+	err     error
 }
 
 // start runs a daemon on free ports; args win.
 func start(t *testing.T, dir string, args ...string) *process {
 	t.Helper()
-	o := &process{t: t, dir: dir, ended: make(chan struct{})}
-	o.cmd = command(t, append([]string{
+	exe, err := binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := launch(t, exe, dir, args...)
+	select {
+	case <-o.started:
+	case <-o.ended:
+		t.Fatalf("did not start: %v", o.err)
+	case <-time.After(patience):
+		t.Fatal("did not start in time")
+	}
+	return o
+}
+
+// launch is start without waiting for anything.
+func launch(t *testing.T, exe, dir string, args ...string) *process {
+	t.Helper()
+	o := &process{t: t, dir: dir, started: make(chan struct{}), ended: make(chan struct{})}
+	o.cmd = commandOf(exe, append([]string{
 		"--state-dir", dir, "--grpc-addr=127.0.0.1:0", "--http-addr=127.0.0.1:0", "--agent-addr=127.0.0.1:0", "--runner-addr=127.0.0.1:0",
 	}, args...)...)
 	stderr, err := o.cmd.StderrPipe()
@@ -101,7 +128,6 @@ func start(t *testing.T, dir string, args ...string) *process {
 	if err := o.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	started := make(chan struct{})
 	var said bytes.Buffer
 	go func() {
 		defer close(o.ended)
@@ -117,7 +143,7 @@ func start(t *testing.T, dir string, args ...string) *process {
 			}
 			if json.Unmarshal(lines.Bytes(), &r) == nil && r.Msg == "orchestrator started" && !up {
 				o.grpc, o.http, o.agent, up = r.GRPC, r.HTTP, r.Agent, true
-				close(started)
+				close(o.started)
 			}
 		}
 		o.err = o.cmd.Wait()
@@ -128,13 +154,6 @@ func start(t *testing.T, dir string, args ...string) *process {
 			t.Errorf("the orchestrator said:\n%s", &said)
 		}
 	})
-	select {
-	case <-started:
-	case <-o.ended:
-		t.Fatalf("did not start: %v", o.err)
-	case <-time.After(patience):
-		t.Fatal("did not start in time")
-	}
 	return o
 }
 
