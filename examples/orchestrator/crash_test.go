@@ -44,8 +44,6 @@ type crash struct {
 	// instant returns when the process is to be killed; how it ends is up to
 	// the loop. Nil: at random.
 	instant func(ctx context.Context, c *crash, v *process)
-	// down is how long it stays away.
-	down time.Duration
 }
 
 func newCrash(t *testing.T, exe string) *crash {
@@ -125,7 +123,6 @@ func (c *crash) run(n int) []string {
 			how = syscall.SIGTERM
 		}
 		v.stop(how)
-		wait(ctx, c.down)
 	}
 	close(over)
 	last := c.survivor(ctx)
