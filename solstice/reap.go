@@ -234,13 +234,22 @@ func (e *Engine) bootFailed(ctx context.Context, m *store.Machine) {
 	if p != nil && p.Host == m.Host {
 		console = p.console(ctx, m.ID)
 	}
-	if m.AttemptID == "" {
-		e.discard(ctx, m, "its agent did not attach in time")
+	var a *store.Attempt
+	var err error
+	if m.AttemptID != "" {
+		if a, err = e.store.Attempt(ctx, m.AttemptID); err != nil {
+			e.log.WarnContext(ctx, "attempt not read", "attempt", m.AttemptID, "error", err)
+			return
+		}
+	}
+	// The agent may have attached since the machine was found late. Looked at after
+	// the attempt, so that one that attaches from here on raises its epoch.
+	now, err := e.store.Machine(ctx, m.ID)
+	if err != nil || now.State != store.MachineProvisioning {
 		return
 	}
-	a, err := e.store.Attempt(ctx, m.AttemptID)
-	if err != nil {
-		e.log.WarnContext(ctx, "attempt not read", "attempt", m.AttemptID, "error", err)
+	if a == nil {
+		e.discard(ctx, m, "its agent did not attach in time")
 		return
 	}
 	e.lose(ctx, a, ClassBoot, "its machine's agent did not attach in time", console)
