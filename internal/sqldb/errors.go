@@ -98,7 +98,7 @@ func IsRetryable(err error) bool {
 		return strings.HasPrefix(pe.Code, pgClassOperator) || strings.HasPrefix(pe.Code, pgClassConnection)
 	}
 	return isSQLiteBusy(err) || isConnectionLost(err) ||
-		errorsIsAny(err, ErrPoolTimeout, ErrRefused, ErrUnreachable)
+		errorsIsAny(err, ErrPoolTimeout, ErrRefused, ErrUnreachable, errGroup)
 }
 
 func isSQLiteBusy(err error) bool {

@@ -39,6 +39,7 @@ const (
 type conn struct {
 	sqliteConn
 	pool     *pool
+	grouped  bool // the group's
 	mode     txMode
 	prepared map[string]*prepared // by text
 }
@@ -104,6 +105,9 @@ func (t *tx) end() {
 // enter prepares for one statement; leave ends it.
 func (c *conn) enter(ctx context.Context, query string) (_ context.Context, leave func(), err error) {
 	done := func() {}
+	if c.grouped { // interrupting one's statement would undo what others did
+		ctx = context.WithoutCancel(ctx)
+	}
 	if !isRead(query) {
 		switch c.mode {
 		case readTx:

@@ -22,6 +22,7 @@ type pool struct {
 	statement time.Duration // 0: unbounded
 	slots     *semaphore.Weighted
 	writers   *gate
+	group     *group // nil where there is one connection only
 
 	mu     sync.Mutex
 	idle   []*conn
@@ -29,15 +30,28 @@ type pool struct {
 }
 
 func newPool(c driver.Connector, path string, o Options) *pool {
-	return &pool{
+	p := &pool{
 		Connector: c, path: path, max: o.MaxConns,
 		timeout: o.PoolTimeout, statement: o.StatementTimeout,
 		slots: semaphore.NewWeighted(int64(o.MaxConns)), writers: gateFor(path),
 	}
+	if path != memory {
+		p.group = &group{timeout: o.PoolTimeout}
+	}
+	return p
 }
+
+// Driver implements driver.Connector, and leads from a *sql.DB to its pool.
+func (p *pool) Driver() driver.Driver { return p }
+
+// Open implements driver.Driver.
+func (p *pool) Open(string) (driver.Conn, error) { return p.Connect(context.Background()) }
 
 // Connect implements driver.Connector: an idle connection or a new one.
 func (p *pool) Connect(ctx context.Context) (driver.Conn, error) {
+	if ctx.Value(forGroup{}) != nil { // beside the others
+		return p.dial(ctx, true)
+	}
 	if err := acquire(ctx, p.slots, p.timeout); err != nil {
 		if errors.Is(err, ErrPoolTimeout) {
 			err = fmt.Errorf("%w: all %d connections are in use", err, p.max)
@@ -57,16 +71,27 @@ func (p *pool) Connect(ctx context.Context) (driver.Conn, error) {
 		return c, nil
 	}
 	p.mu.Unlock()
-	dc, err := p.Connector.Connect(ctx)
+	c, err := p.dial(ctx, false)
 	if err != nil {
 		p.slots.Release(1)
+	}
+	return c, err
+}
+
+func (p *pool) dial(ctx context.Context, grouped bool) (driver.Conn, error) {
+	dc, err := p.Connector.Connect(ctx)
+	if err != nil {
 		return nil, classifySQLite(err, p.path)
 	}
-	return &conn{sqliteConn: dc.(sqliteConn), pool: p}, nil
+	return &conn{sqliteConn: dc.(sqliteConn), pool: p, grouped: grouped}, nil
 }
 
 // put takes a connection back from database/sql.
 func (p *pool) put(c *conn) error {
+	if c.grouped {
+		c.forget()
+		return c.sqliteConn.Close()
+	}
 	defer p.slots.Release(1)
 	p.mu.Lock()
 	if !p.closed && c.IsValid() {
@@ -88,6 +113,9 @@ func (p *pool) Close() error {
 	p.idle, p.closed = nil, true
 	p.mu.Unlock()
 	var errs []error
+	if p.group != nil {
+		errs = append(errs, p.group.close())
+	}
 	for _, c := range idle {
 		c.forget()
 		errs = append(errs, c.sqliteConn.Close())

@@ -124,9 +124,10 @@ const maxTries = 12
 // commitTimeout bounds a COMMIT, which no context of the caller interrupts.
 const commitTimeout = 30 * time.Second
 
-// InTx runs fn in a transaction and commits. On SQLite the transaction is
-// immediate: it waits for its turn to write before fn begins. On PostgreSQL it
-// is read committed.
+// InTx runs fn in a transaction and commits. On SQLite it waits for its turn to
+// write before fn begins, and transactions that wait at the same time share
+// a commit; fn sees what those before it wrote, and its statements are not
+// interrupted by ctx. On PostgreSQL it is read committed.
 //
 // fn runs again, after a jittered pause and at most twelve times in all, when
 // it or the commit failed in a way that IsRetryable says a repeat may cure; it
@@ -138,8 +139,10 @@ const commitTimeout = 30 * time.Second
 // connection was lost while committing: the caller has to read again, under an
 // idempotency key or a version of its own, what became of it.
 func InTx(ctx context.Context, db *bun.DB, fn func(ctx context.Context, tx bun.Tx) error) error {
+	alone := false
 	for try := 1; ; try++ {
-		err := tryTx(ctx, db, fn)
+		err := tryTx(ctx, db, fn, alone)
+		alone = errors.Is(err, errGroup)
 		if err == nil || try == maxTries || !IsRetryable(err) || ctx.Err() != nil {
 			return err
 		}
@@ -149,9 +152,12 @@ func InTx(ctx context.Context, db *bun.DB, fn func(ctx context.Context, tx bun.T
 	}
 }
 
-func tryTx(ctx context.Context, db *bun.DB, fn func(ctx context.Context, tx bun.Tx) error) error {
+func tryTx(ctx context.Context, db *bun.DB, fn txFunc, alone bool) error {
 	// The transaction's context ends with ctx only until the commit begins, so
 	// that "cancelled" always means "not committed".
+	if g := groupOf(db); g != nil {
+		return g.tx(ctx, db, fn, alone)
+	}
 	txctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	stop := context.AfterFunc(ctx, cancel)
@@ -179,13 +185,18 @@ func tryTx(ctx context.Context, db *bun.DB, fn func(ctx context.Context, tx bun.
 	timer := time.AfterFunc(commitTimeout, cancel)
 	defer timer.Stop()
 	finished = true
-	if err := tx.Commit(); err != nil {
-		if isDefinite(err) {
-			return fmt.Errorf("commit: %w", err)
-		}
-		return fmt.Errorf("%w: %w", ErrCommitUnknown, err)
+	return commit(tx)
+}
+
+func commit(tx bun.Tx) error {
+	err := tx.Commit()
+	switch {
+	case err == nil:
+		return nil
+	case isDefinite(err):
+		return fmt.Errorf("commit: %w", err)
 	}
-	return nil
+	return fmt.Errorf("%w: %w", ErrCommitUnknown, err)
 }
 
 // pause waits before the next try: 2 ms doubled per try up to 500 ms, of which
