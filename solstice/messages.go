@@ -149,6 +149,27 @@ func sentence(s string) string {
 	return strings.ToUpper(s[:1]) + s[1:]
 }
 
+// relayEvery is the least time between two looks into the outbox, and
+// wakeEvery between two wake-ups of other engines. What comes first goes at
+// once; what follows is merged, so that of a short job's statuses most are never
+// sent.
+const (
+	relayEvery = 100 * time.Millisecond
+	wakeEvery  = 50 * time.Millisecond
+)
+
+// sleep reports whether it slept to the end.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
 // relayLoop publishes the outbox: in order per key, deleted after the queue
 // has the message for good, so that a crash in between sends it twice.
 func (e *Engine) relayLoop(ctx context.Context) {
@@ -157,26 +178,24 @@ func (e *Engine) relayLoop(ctx context.Context) {
 	defer tick.Stop()
 	retry := backoff.NewExponentialBackOff()
 	for {
+		began := time.Now()
 		n, err := e.relay(ctx, batch)
 		switch {
 		case ctx.Err() != nil:
 			return
 		case err != nil:
 			e.log.WarnContext(ctx, "outbox not relayed", "error", err)
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(retry.NextBackOff()):
-			}
+			sleep(ctx, retry.NextBackOff())
 			continue
-		case n > 0:
+		case n == batch: // there are more
 			retry.Reset()
 			continue
 		}
+		retry.Reset()
 		select {
 		case <-ctx.Done():
-			return
 		case <-e.relayKick.c:
+			sleep(ctx, relayEvery-time.Since(began))
 		case <-tick.C:
 		}
 	}
@@ -384,5 +403,6 @@ func (w *wakeSender) loop(ctx context.Context) {
 		if err := w.e.cfg.Queue.Publish(ctx, TopicWake, []queue.Message{msg}, queue.PublishOptions{}); err != nil && ctx.Err() == nil {
 			w.e.log.WarnContext(ctx, "wake-up not sent", "error", err)
 		}
+		sleep(ctx, wakeEvery)
 	}
 }

@@ -25,6 +25,11 @@ func (s *Store) Claim(ctx context.Context, r ClaimRequest) ([]Claimed, error) {
 	var out []Claimed
 	ready := r.Ready
 	for len(out) < r.Max && len(r.Labels) > 0 {
+		if may, err := s.mayClaim(ctx, r, ready); err != nil {
+			return orError(out, err)
+		} else if !may {
+			break
+		}
 		c, rest, err := s.claimOne(ctx, r, ready)
 		if err != nil {
 			return orError(out, err)
@@ -49,6 +54,17 @@ func orError(out []Claimed, err error) ([]Claimed, error) {
 		return out, nil
 	}
 	return nil, fmt.Errorf("store: claim: %w", err)
+}
+
+// mayClaim looks, without waiting for anybody, whether a claim may find a job
+// and room for it. Most that are asked for do not.
+func (s *Store) mayClaim(ctx context.Context, r ClaimRequest, ready []string) (bool, error) {
+	queued, err := s.db.NewSelect().TableExpr("jobs").Where(claimable).Where("label IN (?)", bun.List(r.Labels)).Exists(ctx)
+	if err != nil || !queued || len(ready) > 0 {
+		return queued, err
+	}
+	room, err := roomFor(ctx, s.db, r)
+	return room > 0, err
 }
 
 // claimOne returns nil when nothing can be claimed, and those of ready that are
@@ -161,17 +177,24 @@ func (s *Store) makeWarm(ctx context.Context, r ClaimRequest) ([]Claimed, error)
 }
 
 // lockCapacity locks the host's capacity and returns how many machines may be
-// added. A pool belongs to its host, so one lock serves both counts.
+// added. A pool belongs to its host, so one lock serves both counts; on SQLite
+// the transaction is lock enough.
 func lockCapacity(ctx context.Context, tx bun.Tx, r ClaimRequest) (int, error) {
-	if _, err := tx.NewRaw("INSERT INTO capacity (host) VALUES (?) ON CONFLICT (host) DO NOTHING", r.Host).Exec(ctx); err != nil {
-		return 0, err
+	if sqldb.IsPostgres(tx) {
+		if _, err := tx.NewRaw("INSERT INTO capacity (host) VALUES (?) ON CONFLICT (host) DO NOTHING", r.Host).Exec(ctx); err != nil {
+			return 0, err
+		}
+		var host string
+		if err := lockRow(tx, tx.NewSelect().TableExpr("capacity").Column("host").Where("host = ?", r.Host)).Scan(ctx, &host); err != nil {
+			return 0, err
+		}
 	}
-	var host string
-	if err := lockRow(tx, tx.NewSelect().TableExpr("capacity").Column("host").Where("host = ?", r.Host)).Scan(ctx, &host); err != nil {
-		return 0, err
-	}
+	return roomFor(ctx, tx, r)
+}
+
+func roomFor(ctx context.Context, db bun.IDB, r ClaimRequest) (int, error) {
 	var n struct{ Host, Pool int }
-	err := machineCounts(tx, r).Scan(ctx, &n)
+	err := machineCounts(db, r).Scan(ctx, &n)
 	return min(r.HostCapacity-n.Host, r.PoolCapacity-n.Pool), err
 }
 

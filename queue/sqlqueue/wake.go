@@ -13,10 +13,9 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 )
 
-// filePeriod is how often a SQLite file is checked for commits of others. The
-// check reads a counter in shared memory; 200 a second cost well below one
-// percent of a core.
-const filePeriod = 5 * time.Millisecond
+// filePeriod is how often a SQLite file is checked for commits of other
+// processes; those of this one need no check.
+const filePeriod = 20 * time.Millisecond
 
 // maxAlarm bounds the wait for a delayed message, so that a changed clock is
 // noticed.

@@ -2,7 +2,6 @@ package workflow
 
 import (
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -209,13 +208,13 @@ func (p *fileParser) checkExpr(part part, s *site, sc *scope) (tainted bool) {
 }
 
 var (
-	quotedFunc = regexp.MustCompile(`(?:reference to|overload for|function) '([A-Za-z_]+)'`)
-	celNoMatch = regexp.MustCompile(`^found no matching overload for '([^']+)' applied to '(.*)'$`)
+	quotedFunc = pattern(`(?:reference to|overload for|function) '([A-Za-z_]+)'`)
+	celNoMatch = pattern(`^found no matching overload for '([^']+)' applied to '(.*)'$`)
 	celOps     = map[string]string{
 		"_+_": "+", "_-_": "-", "_*_": "*", "_/_": "/", "_%_": "%", "_==_": "==", "_!=_": "!=", "_<_": "<", "_<=_": "<=", "_>_": ">", "_>=_": ">=",
 		"_&&_": "&&", "_||_": "||", "!_": "!", "-_": "-", "_[_]": "[]", "@in": "in", "_?_:_": "?:",
 	}
-	celUnexpected = regexp.MustCompile(`(?:extraneous input|mismatched input|no viable alternative at input|token recognition error at:) ?'(.*?)'(?: expecting.*)?$`)
+	celUnexpected = pattern(`(?:extraneous input|mismatched input|no viable alternative at input|token recognition error at:) ?'(.*?)'(?: expecting.*)?$`)
 )
 
 // celMessage puts an error of the CEL library into words for someone who does
@@ -223,7 +222,7 @@ var (
 func celMessage(msg string) string {
 	msg = strings.TrimPrefix(msg, "Syntax error: ")
 	msg = strings.TrimSuffix(msg, " (in container '')")
-	if m := celNoMatch.FindStringSubmatch(msg); m != nil {
+	if m := celNoMatch().FindStringSubmatch(msg); m != nil {
 		if op, ok := celOps[m[1]]; ok {
 			return fmt.Sprintf("%s does not work with %s", op, m[2])
 		}
@@ -232,7 +231,7 @@ func celMessage(msg string) string {
 	if strings.Contains(msg, "'<EOF>'") && !strings.HasPrefix(msg, "extraneous") {
 		return "the expression is incomplete"
 	}
-	if m := celUnexpected.FindStringSubmatch(msg); m != nil {
+	if m := celUnexpected().FindStringSubmatch(msg); m != nil {
 		return fmt.Sprintf("unexpected %q in the expression", strings.TrimSpace(m[1]))
 	}
 	if name, ok := strings.CutPrefix(msg, "undeclared reference to "); ok {
@@ -245,7 +244,7 @@ func celMessage(msg string) string {
 }
 
 func adviseFunction(d *Diagnostic, msg string) {
-	m := quotedFunc.FindStringSubmatch(msg)
+	m := quotedFunc().FindStringSubmatch(msg)
 	if m == nil {
 		return
 	}
@@ -292,7 +291,7 @@ func isNameRune(r rune) bool {
 	return r == '_' || r >= '0' && r <= '9' || r|0x20 >= 'a' && r|0x20 <= 'z'
 }
 
-var celName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+var celName = pattern(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 // typedEnv is the language with the types of this job's contexts.
 func (p *fileParser) typedEnv(info *jobInfo, sc *scope) *cel.Env {
@@ -303,7 +302,7 @@ func (p *fileParser) typedEnv(info *jobInfo, sc *scope) *cel.Env {
 	declare := func(t *cel.Type, root string, names ...string) {
 		name := root
 		for _, n := range names {
-			if !celName.MatchString(n) {
+			if !celName().MatchString(n) {
 				return // reached only through an index, which is dynamic
 			}
 			name += "." + n

@@ -52,7 +52,7 @@ func (g *schemaGenerator) body(s *shape) map[string]any {
 			delete(out, "type")
 			out["enum"] = s.enum
 		case s.word != nil:
-			out["pattern"] = s.word.re.String()
+			out["pattern"] = s.word.re().String()
 		}
 	case kindBool:
 		out["type"] = "boolean"
@@ -61,7 +61,7 @@ func (g *schemaGenerator) body(s *shape) map[string]any {
 	case kindDuration:
 		out["anyOf"] = []any{
 			map[string]any{"type": "integer", "minimum": 1, "maximum": int(MaxTimeout.Minutes()), "description": "Minutes."},
-			map[string]any{"type": "string", "pattern": durationRE.String()},
+			map[string]any{"type": "string", "pattern": durationRE().String()},
 		}
 		out["examples"] = []any{"30m", "1h30m", 90}
 	case kindList:
@@ -109,9 +109,9 @@ func (g *schemaGenerator) mapping(out map[string]any, s *shape) {
 		return
 	}
 	out["additionalProperties"] = g.of(s.elem)
-	names := map[string]any{"pattern": s.keys.re.String()}
+	names := map[string]any{"pattern": s.keys.re().String()}
 	if s.keys.not != nil {
-		names["not"] = map[string]any{"pattern": s.keys.not.String()}
+		names["not"] = map[string]any{"pattern": s.keys.not().String()}
 	}
 	out["propertyNames"] = names
 	bounds(out, s, "Properties")

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"go.yaml.in/yaml/v4"
@@ -49,24 +50,30 @@ type field struct {
 	doc      string
 }
 
+// pattern is a regular expression that is compiled when it is first used: every
+// agent is a process that starts with this package and needs none of them.
+func pattern(expr string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expr) })
+}
+
 // word is a pattern with a name.
 type word struct {
-	re     *regexp.Regexp
-	not    *regexp.Regexp // reserved
+	re     func() *regexp.Regexp
+	not    func() *regexp.Regexp // reserved
 	what   string
 	advice string
 }
 
 var (
 	identWord = &word{
-		re:   regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_-]{0,63}$`),
+		re:   pattern(`^[A-Za-z_][A-Za-z0-9_-]{0,63}$`),
 		what: "letters, digits, - and _, not beginning with a digit, at most 64",
 	}
 	envWord = &word{
-		re: regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,127}$`), what: "letters, digits and _, not beginning with a digit",
-		not: regexp.MustCompile(`^SOLSTICE(_|$)`), advice: "names that begin with SOLSTICE are Solstice's own",
+		re: pattern(`^[A-Za-z_][A-Za-z0-9_]{0,127}$`), what: "letters, digits and _, not beginning with a digit",
+		not: pattern(`^SOLSTICE(_|$)`), advice: "names that begin with SOLSTICE are Solstice's own",
 	}
-	durationRE = regexp.MustCompile(`^([0-9]{1,9}(\.[0-9]{1,9})?[hms])+$`)
+	durationRE = pattern(`^([0-9]{1,9}(\.[0-9]{1,9})?[hms])+$`)
 )
 
 // Shapes that occur in several places.
@@ -306,9 +313,9 @@ func (r *reporter) checkSize(n *yaml.Node, s *shape, name string, size int) {
 
 func (r *reporter) checkWord(n *yaml.Node, w *word, name string) {
 	switch {
-	case !w.re.MatchString(n.Value):
+	case !w.re().MatchString(n.Value):
 		r.at(nodePos(n), nodeWidth(n), "%s %q is not a name", name, n.Value).hint("a name here is %s", w.what)
-	case w.not != nil && w.not.MatchString(n.Value):
+	case w.not != nil && w.not().MatchString(n.Value):
 		r.at(nodePos(n), nodeWidth(n), "%s %q is reserved", name, n.Value).hint("%s", w.advice)
 	}
 }
@@ -361,7 +368,7 @@ func parseDuration(n *yaml.Node) (time.Duration, error) {
 		d = time.Duration(minutes) * time.Minute
 	} else {
 		var err error
-		if !durationRE.MatchString(n.Value) {
+		if !durationRE().MatchString(n.Value) {
 			return 0, fmt.Errorf("must be a duration, not %q", n.Value)
 		}
 		if d, err = time.ParseDuration(n.Value); err != nil {
