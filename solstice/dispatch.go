@@ -29,7 +29,12 @@ type pool struct {
 	destroying map[string]struct{}
 	pauseUntil time.Time // after the provider refused
 	pause      time.Duration
+	warmAt     time.Time // not before: a job was just taken
 }
+
+// warmDelay is how long new warm machines wait for the jobs that used up the
+// old ones to get going, whose start they would slow down.
+const warmDelay = 200 * time.Millisecond
 
 func newPool(e *Engine, cfg *Pool) *pool {
 	return &pool{Pool: *cfg, e: e, kick: newFlag(), creating: map[string]context.CancelFunc{}, destroying: map[string]struct{}{}}
@@ -100,13 +105,31 @@ func (p *pool) accepted() {
 	p.pause, p.pauseUntil = 0, time.Time{}
 }
 
+func (p *pool) warmDue() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !time.Now().Before(p.warmAt)
+}
+
+// deferWarm has the next warm machines wait, once: jobs that come all the time
+// do not put them off.
+func (p *pool) deferWarm() {
+	if p.Warm == 0 || !p.warmDue() {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.warmAt = time.Now().Add(warmDelay)
+	time.AfterFunc(warmDelay, p.kick.set)
+}
+
 // claim takes what there is room for and reports how many jobs and machines it
 // got.
 func (p *pool) claim(ctx context.Context) (int, error) {
 	e := p.e
 	free := e.slotsLeft()
 	warm := 0
-	if p.Warm > 0 {
+	if p.Warm > 0 && p.warmDue() {
 		idle, err := e.store.IdleMachines(ctx, p.Host, p.Name)
 		if err != nil {
 			return 0, err
@@ -150,6 +173,7 @@ func (p *pool) claim(ctx context.Context) (int, error) {
 	}
 	for _, c := range claimed {
 		if c.Attempt != nil {
+			p.deferWarm()
 			e.takeSlot(c.Attempt.ID)
 			e.hub.notify(c.Job.ID)
 			e.hub.notify(c.Job.RunID)

@@ -66,6 +66,7 @@ func RunBootstrap(ctx context.Context, file string, logger *slog.Logger) error {
 	}
 	cfg.Logger = logger
 	cfg.Dedicated = true
+	debug.SetGCPercent(400) // a short job ends before there is anything to collect
 	if b, ok := debug.ReadBuildInfo(); ok {
 		cfg.Version = b.Main.Version
 	}
