@@ -30,6 +30,11 @@ func NewCgroup(name string) (*Cgroup, error) {
 	if err != nil {
 		return nil, err
 	}
+	return MakeCgroup(path)
+}
+
+// MakeCgroup is NewCgroup at a path that CgroupPath gave.
+func MakeCgroup(path string) (*Cgroup, error) {
 	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("proctree: cgroup: %w: %w", errors.ErrUnsupported, err)
 	}
@@ -144,6 +149,24 @@ func (c *Cgroup) Processes() ([]ID, error) {
 		return nil, fmt.Errorf("proctree: cgroup: %w", err)
 	}
 	return out, nil
+}
+
+// Empty says whether no process is in the cgroup or below it, zombies aside; it
+// reads one small file, whatever the host has of processes.
+func (c *Cgroup) Empty() (bool, error) {
+	b, err := os.ReadFile(filepath.Join(c.path, "cgroup.events"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("proctree: cgroup: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if strings.TrimSpace(line) == "populated 0" {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // walk calls f for the directory of the cgroup and of all below it, children

@@ -17,6 +17,9 @@ type Cgroup struct{}
 // NewCgroup wraps errors.ErrUnsupported.
 func NewCgroup(string) (*Cgroup, error) { return nil, errNoCgroup }
 
+// MakeCgroup wraps errors.ErrUnsupported.
+func MakeCgroup(string) (*Cgroup, error) { return nil, errNoCgroup }
+
 // CgroupPath wraps errors.ErrUnsupported.
 func CgroupPath(string) (string, error) { return "", errNoCgroup }
 
@@ -34,6 +37,9 @@ func (*Cgroup) Detach(*exec.Cmd) {}
 
 // Processes wraps errors.ErrUnsupported.
 func (*Cgroup) Processes() ([]ID, error) { return nil, errNoCgroup }
+
+// Empty wraps errors.ErrUnsupported.
+func (*Cgroup) Empty() (bool, error) { return false, errNoCgroup }
 
 // Kill wraps errors.ErrUnsupported.
 func (*Cgroup) Kill() error { return errNoCgroup }

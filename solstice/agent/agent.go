@@ -35,6 +35,7 @@ type agent struct {
 	adopts   bool   // orphans of the job become its children
 
 	jobCtx context.Context // of the job: ends with Run
+	stop   context.CancelCauseFunc
 
 	// Told at enrolment, fixed from then on.
 	credential string
@@ -55,6 +56,7 @@ type attempt struct {
 	journal *journal
 	cancel  chan cancelRequest // one is enough
 	ended   chan struct{}      // closed when the job's goroutine is gone
+	left    error              // processes that could not be killed; valid once ended
 }
 
 type cancelRequest struct {
@@ -64,9 +66,10 @@ type cancelRequest struct {
 
 // Run enrols, runs the job that the server assigns and returns nil once its end
 // is acknowledged. It fails with an error that wraps ErrConfig, ErrEnroll,
-// ErrDismissed, ErrDeadline or ErrProtocol, or with ctx's cause when ctx ends;
-// the job is killed at once in all these cases. When Run has returned, nothing
-// of the job is left, neither processes nor files.
+// ErrDismissed, ErrDeadline, ErrProtocol or ErrPanic, or with ctx's cause when
+// ctx ends; the job is killed at once in all these cases. When Run has returned,
+// nothing of the job is left, neither processes nor files; where that did not
+// work the error says so.
 func Run(ctx context.Context, cfg Config) error {
 	cfg, err := cfg.complete()
 	if err != nil {
@@ -83,8 +86,11 @@ func Run(ctx context.Context, cfg Config) error {
 	if cfg.Dedicated {
 		a.adopts = becomeReaper(a.log)
 	}
-	conn, err := a.enroll(ctx)
-	if err != nil {
+	ctx, a.stop = context.WithCancelCause(ctx)
+	defer a.stop(nil)
+	a.jobCtx = ctx
+	var conn *grpc.ClientConn
+	if err := a.guard(func() (err error) { conn, err = a.enroll(ctx); return err }); err != nil {
 		return err
 	}
 	if cfg.TokenFile != "" {
@@ -93,20 +99,17 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 	}
 
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	a.jobCtx = ctx
-	var watch sync.WaitGroup
-	watch.Go(func() { a.watchDeadline(ctx, stop) })
-	err = a.serve(ctx, conn)
-	stop(err)
-	watch.Wait()
+	watched := make(chan struct{})
+	a.spawn(func() { defer close(watched); a.watchDeadline(ctx) })
+	err = a.guard(func() error { return a.serve(ctx, conn) })
+	a.stop(err)
+	<-watched
 	a.mu.Lock()
 	att := a.att
 	a.mu.Unlock()
 	if att != nil {
 		<-att.ended
-		err = errors.Join(err, att.journal.remove())
+		err = errors.Join(err, att.left, att.journal.remove())
 	}
 	return errors.Join(err, cleanDirs(cfg))
 }
@@ -224,7 +227,7 @@ func (a *agent) seen() {
 
 // watchDeadline ends everything when the server has been silent for the agent
 // deadline, or has not acknowledged the job's end for as long.
-func (a *agent) watchDeadline(ctx context.Context, stop context.CancelCauseFunc) {
+func (a *agent) watchDeadline(ctx context.Context) {
 	t := time.NewTicker(max(a.deadline/50, time.Millisecond))
 	defer t.Stop()
 	for {
@@ -240,11 +243,11 @@ func (a *agent) watchDeadline(ctx context.Context, stop context.CancelCauseFunc)
 		switch {
 		case silent >= a.deadline:
 			a.log.Error("no contact for the agent deadline: giving up", "deadline", a.deadline)
-			stop(fmt.Errorf("%w: silent for %s", ErrDeadline, a.deadline))
+			a.stop(fmt.Errorf("%w: silent for %s", ErrDeadline, a.deadline))
 			return
 		case att != nil && att.journal.idle() >= a.deadline:
 			a.log.Error("the job's end is not acknowledged: giving up", "deadline", a.deadline)
-			stop(fmt.Errorf("%w: the job's end is not acknowledged", ErrDeadline))
+			a.stop(fmt.Errorf("%w: the job's end is not acknowledged", ErrDeadline))
 			return
 		}
 	}

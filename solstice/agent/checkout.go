@@ -33,6 +33,7 @@ func (j *job) checkoutStep(ctx context.Context, w *watch, i int, st *agentv1.Ste
 	if err == nil {
 		return outcome{result: agentv1.Result_RESULT_SUCCEEDED}
 	}
+	j.procs.escaped = true // git ran outside any control group, and may have been cut short
 	var timeout *stepTimeout
 	switch cause := context.Cause(ctx); {
 	case errors.As(cause, &timeout):
@@ -233,6 +234,7 @@ func (c *checkout) git(ctx context.Context, protocols []string, args ...string) 
 	err := c.prog.Run(ctx, gitcmd.Options{
 		Dir: c.a.cfg.WorkDir, Protocols: protocols, Stdout: c.out, Stderr: c.err,
 		Config: []string{"protocol.version=2", "init.defaultBranch=main", "http.proxy="},
+		Env:    []string{machineVar + "=" + c.a.machineID}, // what outlives the agent is found
 	}, args...)
 	if e, ok := errors.AsType[*gitcmd.Error](err); ok {
 		said := strings.TrimSpace(e.Stderr)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"sync"
 	"syscall"
 )
 
@@ -67,8 +68,14 @@ func RunBootstrap(ctx context.Context, file string, logger *slog.Logger) error {
 	cfg.Logger = logger
 	cfg.Dedicated = true
 	debug.SetGCPercent(400) // a short job ends before there is anything to collect
-	if b, ok := debug.ReadBuildInfo(); ok {
-		cfg.Version = b.Main.Version
-	}
+	cfg.Version = buildVersion()
 	return Run(ctx, cfg)
 }
+
+// buildVersion is the version of this program, empty where it has none.
+var buildVersion = sync.OnceValue(func() string {
+	if b, ok := debug.ReadBuildInfo(); ok {
+		return b.Main.Version
+	}
+	return ""
+})

@@ -24,17 +24,22 @@ func (a *agent) assigned(m *agentv1.Assign) (*attempt, error) {
 	if m.GetAttemptId() == "" || m.GetJobSpec() == nil {
 		return nil, fmt.Errorf("%w: an assignment without attempt or job", errRefused)
 	}
-	a.mu.Lock()
-	att := a.att
-	if att == nil {
-		att = a.begin(m)
-	}
-	a.mu.Unlock()
+	att := a.attemptOf(m)
 	if att.id != m.GetAttemptId() {
 		a.log.Warn("assignment ignored: the agent has a job", "attempt", att.id, "offered", m.GetAttemptId())
 		return nil, nil
 	}
 	return att, a.newEpoch(att, m.GetEpoch())
+}
+
+// attemptOf gives the agent's one attempt, which begins with the first Assign.
+func (a *agent) attemptOf(m *agentv1.Assign) *attempt {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.att == nil {
+		a.att = a.begin(m)
+	}
+	return a.att
 }
 
 // begin starts the job; a.mu is held. The job's goroutine lives until
@@ -51,11 +56,12 @@ func (a *agent) begin(m *agentv1.Assign) *attempt {
 		a: a, spec: m.GetJobSpec(), journal: att.journal, cancel: att.cancel, trace: m.GetTraceContext(),
 		log: a.log.With("attempt", m.GetAttemptId(), "run_id", m.GetJobSpec().GetRunId(), "job_id", m.GetJobSpec().GetJobId()),
 	}
-	a.att = att
+	j.procs = newProcesses(a, j.log)
 	go func() {
 		defer close(att.ended)
 		defer broken(nil)
-		j.run(ctx)
+		_ = a.guard(func() error { j.run(ctx); return nil })
+		att.left = j.procs.left
 	}()
 	return att
 }
@@ -126,19 +132,21 @@ const (
 // infraError as the cause the end is still reported.
 func (j *job) run(ctx context.Context) {
 	j.log.Info("job starts", "steps", len(j.spec.GetSteps()))
-	j.procs = newProcesses(j.log, j.a.machineID, j.a.cfg.Dedicated, j.a.adopts)
 	j.grace = orDefault(j.spec.GetLimits().GetCancelGrace().AsDuration(), defaultGrace)
 
 	w := j.watch(ctx)
 	outputs := map[string]string{}
-	if err := j.prepare(); err != nil {
-		j.blame(err)
-	} else {
+	func() {
+		defer j.procs.killAll() // when a panic passes, too
+		defer w.close()
+		if err := j.prepare(); err != nil {
+			j.blame(err)
+			return
+		}
+		j.a.cfg.failpoint("job")
 		j.steps(ctx, w)
 		outputs = j.outputs()
-	}
-	w.close()
-	j.procs.killAll()
+	}()
 
 	f := &j.verdict
 	if f.GetResult() == agentv1.Result_RESULT_UNSPECIFIED {

@@ -35,15 +35,28 @@ type processes struct {
 	log       *slog.Logger
 	marker    string
 	dedicated bool
-	adopts    bool // orphans of the job are children of this process
+	adopts    bool             // orphans of the job are children of this process
+	cgroup    *proctree.Cgroup // nil: none
+	escaped   bool             // something was started outside cgroup
+	spawn     func(func())
 	reaper    proctree.Reaper
 	discards  sync.WaitGroup
 	pipes     []*os.File // of leftovers, being discarded
 	running   []proctree.ID
+	left      error // what the last hunt could not kill
 }
 
-func newProcesses(log *slog.Logger, machineID string, dedicated, adopts bool) *processes {
-	return &processes{log: log, marker: machineVar + "=" + machineID, dedicated: dedicated, adopts: adopts}
+func newProcesses(a *agent, log *slog.Logger) *processes {
+	ps := &processes{log: log, marker: machineVar + "=" + a.machineID, dedicated: a.cfg.Dedicated, adopts: a.adopts, spawn: a.spawn}
+	if a.cfg.Cgroup == "" {
+		return ps
+	}
+	var err error
+	if ps.cgroup, err = proctree.OpenCgroup(a.cfg.Cgroup); err != nil {
+		log.Warn("the control group is not used", "error", err)
+		ps.cgroup = nil
+	}
+	return ps
 }
 
 // process is a running step, leader of its session.
@@ -65,7 +78,7 @@ func (ps *processes) start(cmd *exec.Cmd, sink func([]byte)) (*process, error) {
 		return nil, infra(err)
 	}
 	cmd.Stdout, cmd.Stderr = w, w
-	err = ps.reaper.Start(cmd)
+	cmd, err = ps.begin(cmd)
 	closeAll(w)
 	if err != nil {
 		closeAll(r)
@@ -78,12 +91,35 @@ func (ps *processes) start(cmd *exec.Cmd, sink func([]byte)) (*process, error) {
 	} else {
 		ps.log.Warn("process not found after its start", "pid", cmd.Process.Pid, "error", err)
 	}
-	p.out = startPump(r, sink)
-	go func() {
+	p.out = startPump(r, sink, ps.spawn)
+	ps.spawn(func() {
 		defer close(p.exited)
 		_ = ps.reaper.Wait(cmd) // the state says it all
-	}()
+	})
 	return p, nil
+}
+
+// begin starts cmd, in the control group where there is one and that works, and
+// gives the command that was started.
+func (ps *processes) begin(cmd *exec.Cmd) (*exec.Cmd, error) {
+	if ps.cgroup != nil && !ps.escaped {
+		outside := &exec.Cmd{
+			Path: cmd.Path, Args: cmd.Args, Env: cmd.Env, Dir: cmd.Dir, Stdout: cmd.Stdout, Stderr: cmd.Stderr,
+			SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+		}
+		done, err := ps.cgroup.Attach(cmd)
+		if err == nil {
+			err = ps.reaper.Start(cmd)
+			done()
+		}
+		if err == nil {
+			return cmd, nil
+		}
+		// A kernel that forbids it, or a program that cannot be started at all.
+		ps.escaped = true
+		cmd = outside
+	}
+	return cmd, ps.reaper.Start(cmd)
 }
 
 func closeAll(files ...*os.File) {
@@ -165,11 +201,18 @@ func (ps *processes) own() *proctree.Reaper {
 
 // killAll ends everything that the job started and closes what it held.
 func (ps *processes) killAll() {
+	ps.left = nil
+	if ps.cgroup != nil && !ps.escaped {
+		if empty, err := ps.cgroup.Empty(); err == nil && empty {
+			ps.forget()
+			return
+		}
+	}
 	if ps.adopts && proctree.Childless() {
 		ps.forget() // as after most jobs; a hunt reads the whole process table
 		return
 	}
-	t := proctree.Target{Marker: ps.marker, Reaper: ps.own()}
+	t := proctree.Target{Marker: ps.marker, Reaper: ps.own(), Cgroup: ps.cgroup}
 	if ps.dedicated {
 		if self, err := proctree.Self(); err == nil {
 			t.Root, t.SpareRoot = self, true
@@ -195,7 +238,7 @@ func (ps *processes) forget() {
 func (ps *processes) hunt(t proctree.Target) {
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
-	if err := proctree.KillAll(ctx, t); err != nil {
-		ps.log.Error("processes of the job are left", "error", err)
+	if ps.left = proctree.KillAll(ctx, t); ps.left != nil {
+		ps.log.Error("processes of the job are left", "error", ps.left)
 	}
 }

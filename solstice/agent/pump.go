@@ -34,9 +34,9 @@ type pump struct {
 	flushAt time.Time
 }
 
-func startPump(r *os.File, sink func([]byte)) *pump {
+func startPump(r *os.File, sink func([]byte), spawn func(func())) *pump {
 	p := &pump{r: r, sink: sink, ended: make(chan struct{})}
-	go p.run()
+	spawn(p.run)
 	return p
 }
 

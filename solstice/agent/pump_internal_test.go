@@ -8,6 +8,8 @@ import (
 
 // TestPumpHeldOpen: an output that outlives its process is read to what was in
 // it, and then given up.
+func inGoroutine(f func()) { go f() }
+
 func TestPumpHeldOpen(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -16,7 +18,7 @@ func TestPumpHeldOpen(t *testing.T) {
 	defer w.Close()
 	defer r.Close()
 	var got bytes.Buffer
-	p := startPump(r, func(b []byte) { got.Write(b) })
+	p := startPump(r, func(b []byte) { got.Write(b) }, inGoroutine)
 	text := bytes.Repeat([]byte("0123456789"), 6000) // fits into the pipe
 	if _, err := w.Write(text); err != nil {
 		t.Fatal(err)
@@ -54,7 +56,7 @@ func TestPumpEnd(t *testing.T) {
 		}
 		total += len(b)
 		calls++
-	})
+	}, inGoroutine)
 	const lines = 20_000
 	for range lines {
 		if _, err := w.WriteString("a line\n"); err != nil {

@@ -92,7 +92,7 @@ func (a *agent) attach(ctx context.Context, conn *grpc.ClientConn) (*session, er
 				return s, err
 			}
 			sender.Go(func() {
-				if err := s.send(ctx); err != nil && !errors.Is(err, io.EOF) { // as above
+				if err := a.guard(func() error { return s.send(ctx) }); err != nil && !errors.Is(err, io.EOF) { // as above
 					cancel(err)
 				}
 			})
@@ -167,6 +167,7 @@ func (a *agent) newEpoch(att *attempt, epoch int64) error {
 }
 
 func (s *session) handle(ctx context.Context, m *agentv1.AttachResponse) error {
+	s.a.cfg.failpoint("receive")
 	switch m := m.GetMsg().(type) {
 	case *agentv1.AttachResponse_Assign:
 		return s.assign(ctx, m.Assign)
@@ -213,7 +214,16 @@ func (s *session) assign(ctx context.Context, m *agentv1.Assign) error {
 
 // slide takes what is acknowledged out of the window.
 func (s *session) slide(seq int64) {
+	s.forget(seq)
+	select {
+	case s.acked <- struct{}{}:
+	default:
+	}
+}
+
+func (s *session) forget(seq int64) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	n := 0
 	for n < len(s.inflight) && s.inflight[n].seq <= seq {
 		s.bytes -= s.inflight[n].size
@@ -221,11 +231,6 @@ func (s *session) slide(seq int64) {
 		n++
 	}
 	s.inflight = append(s.inflight[:0], s.inflight[n:]...)
-	s.mu.Unlock()
-	select {
-	case s.acked <- struct{}{}:
-	default:
-	}
 }
 
 // room says whether the window has some, and otherwise what to wait for.
@@ -244,6 +249,7 @@ func (s *session) track(seq int64, size int) {
 
 // send writes to the stream: confirmations, heartbeats and the journal.
 func (s *session) send(ctx context.Context) error {
+	s.a.cfg.failpoint("send")
 	beat := time.NewTicker(s.a.heartbeat)
 	defer beat.Stop()
 	var (

@@ -33,7 +33,16 @@ func (j *job) watch(ctx context.Context) *watch {
 	w := &watch{
 		kill: make(chan struct{}), first: make(chan struct{}), quit: make(chan struct{}), grace: j.grace,
 	}
-	w.done.Go(func() { w.loop(ctx, j.cancel, j.spec.GetLimits().GetJobTimeout().AsDuration()) })
+	w.done.Go(func() {
+		err := j.a.guard(func() error {
+			j.a.cfg.failpoint("watch")
+			w.loop(ctx, j.cancel, j.spec.GetLimits().GetJobTimeout().AsDuration())
+			return nil
+		})
+		if err != nil {
+			w.end(stopped{stopKill, err.Error()})
+		}
+	})
 	return w
 }
 
@@ -64,11 +73,16 @@ func (w *watch) loop(ctx context.Context, cancel <-chan cancelRequest, limit tim
 			if isInfra(cause) {
 				kind = stopBroken
 			}
-			w.set(stopped{kind, cause.Error()}, 0)
-			close(w.kill)
+			w.end(stopped{kind, cause.Error()})
 			return
 		}
 	}
+}
+
+// end is the last thing that is noticed.
+func (w *watch) end(s stopped) {
+	w.set(s, 0)
+	close(w.kill)
 }
 
 func (w *watch) set(s stopped, grace time.Duration) {
