@@ -156,11 +156,11 @@ func startBareServer(b *testing.B) (string, []byte) {
 
 // benchPlant is an engine as the embedded daemon has it: SQLite, its queue, its
 // logs, the process pool, with production's clocks.
-func benchPlant(b *testing.B, slots int, edit ...func(*solstice.Config)) (*solstice.Engine, *plant) {
+func benchPlant(b *testing.B, slots int, inside bool, edit ...func(*solstice.Config)) (*solstice.Engine, *plant) {
 	b.Helper()
 	dir := b.TempDir()
 	p := newPlant(b, "sqlite:"+filepath.Join(dir, "solstice.db"))
-	p.Timing, p.Capacity = solstice.Timing{}, slots
+	p.Timing, p.Capacity, p.Inside = solstice.Timing{}, slots, inside
 	b.Cleanup(func() { p.destroyAll(b) }) // warm machines outlive the engine
 	logs, err := filelog.Open(filepath.Join(dir, "logs"), filelog.Options{})
 	if err != nil {
@@ -206,7 +206,7 @@ func engineJobs(b *testing.B, eng *solstice.Engine, commit string, n, width int)
 func BenchmarkTrivialJobs(b *testing.B) {
 	const slots, round = 64, 128
 	addr, ca := startBareServer(b)
-	eng, p := benchPlant(b, slots)
+	eng, p := benchPlant(b, slots, false)
 	commit := p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
 	var bare, ours time.Duration
 	b.ResetTimer()
@@ -218,6 +218,34 @@ func BenchmarkTrivialJobs(b *testing.B) {
 	b.ReportMetric(n/bare.Seconds(), "bare/s")
 	b.ReportMetric(n/ours.Seconds(), "jobs/s")
 	b.ReportMetric(bare.Seconds()/ours.Seconds(), "x-bare")
+}
+
+// BenchmarkTrivialJobsInside compares jobs per second, the agents inside the
+// orchestrator, with spawning their commands alone, in turns.
+func BenchmarkTrivialJobsInside(b *testing.B) {
+	const slots, round = 64, 256
+	eng, p := benchPlant(b, slots, true)
+	commit := p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
+	var spawn, ours time.Duration
+	b.ReportAllocs()
+	b.ResetTimer()
+	for range b.N {
+		spawn += parallel(b, round, slots, spawnTrivial)
+		ours += engineJobs(b, eng, commit, round, slots)
+	}
+	n := float64(b.N * round)
+	b.ReportMetric(n/spawn.Seconds(), "spawn/s")
+	b.ReportMetric(n/ours.Seconds(), "jobs/s")
+	b.ReportMetric(spawn.Seconds()/ours.Seconds(), "x-spawn")
+}
+
+// spawnTrivial is the least that the trivial job can cost.
+func spawnTrivial() error {
+	out, err := exec.Command("/bin/sh", "-c", "echo hi").Output()
+	if err == nil && string(out) != "hi\n" {
+		err = fmt.Errorf("sh printed %q", out)
+	}
+	return err
 }
 
 // percentiles reports the median and the 99th percentile of durations.
@@ -233,10 +261,15 @@ func percentiles(b *testing.B, unit string, ds []time.Duration) {
 // watcher sees its end and until a follower has its first line, beside a bare
 // agent.
 func BenchmarkIdleJob(b *testing.B) {
-	for _, warm := range []int{0, 1} {
-		b.Run(fmt.Sprintf("warm=%d", warm), func(b *testing.B) {
+	for _, c := range []struct {
+		name   string
+		warm   int
+		inside bool
+	}{{"warm=0", 0, false}, {"warm=1", 1, false}, {"inside/warm=0", 0, true}, {"inside/warm=1", 1, true}} {
+		b.Run(c.name, func(b *testing.B) {
+			warm := c.warm
 			addr, ca := startBareServer(b)
-			eng, p := benchPlant(b, 4, func(c *solstice.Config) { c.Pools[0].Warm = warm })
+			eng, p := benchPlant(b, 4, c.inside, func(c *solstice.Config) { c.Pools[0].Warm = warm })
 			commit := p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
 			var bare, over, line []time.Duration
 			b.ResetTimer()
@@ -295,7 +328,7 @@ func awaitWarm(b *testing.B, eng *solstice.Engine) {
 // and a follower has all of it.
 func BenchmarkMillionLines(b *testing.B) {
 	const size = 6888896
-	eng, p := benchPlant(b, 1)
+	eng, p := benchPlant(b, 1, false)
 	commit := p.commit(b, map[string]string{".solstice/workflow.yaml": "checkout: false\njobs: { a: { steps: [ { run: seq 1000000 } ] } }\n"})
 	b.SetBytes(size)
 	b.ResetTimer()

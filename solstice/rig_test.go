@@ -61,6 +61,7 @@ type plant struct {
 	Warm     int
 	LogBytes int64
 	Grace    time.Duration
+	Inside   bool // agents run inside the engine's process
 }
 
 // quick are clocks for tests: everything that waits for one is short.
@@ -136,9 +137,13 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 	if err != nil {
 		return fail(err)
 	}
-	machines, err := processvm.New(processvm.Config{
+	pool := processvm.Config{
 		Root: p.machinesDir(), Command: agent.Command(), StepEnv: map[string]string{"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/nonexistent"}, Logger: log,
-	})
+	}
+	if p.Inside {
+		pool.Command, pool.Runner = nil, agent.RunInside
+	}
+	machines, err := processvm.New(pool)
 	if err != nil {
 		return fail(err)
 	}

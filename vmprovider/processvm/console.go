@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -72,6 +73,9 @@ func (p *Provider) Console(ctx context.Context, id string, follow bool) (io.Read
 		return nil, err
 	}
 	defer end()
+	if r := p.resident(id); r != nil {
+		return p.newConsoleReader(ctx, id, &r.console, follow), nil
+	}
 	f, err := p.root.Open(filepath.Join(id, consoleFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		inst, getErr := p.get(id)
@@ -83,14 +87,75 @@ func (p *Provider) Console(ctx context.Context, id string, follow bool) (io.Read
 	if err != nil {
 		return nil, fmt.Errorf("processvm: console of %q: %w", id, err)
 	}
+	return p.newConsoleReader(ctx, id, fileConsole{f}, follow), nil
+}
+
+// consoleSource is where a console is kept.
+type consoleSource interface {
+	io.ReaderAt
+	io.Closer
+	size() (int64, error)
+}
+
+type fileConsole struct{ *os.File }
+
+func (f fileConsole) size() (int64, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return fi.Size(), nil
+}
+
+// memoryConsole is that of a machine inside this process: its first bytes.
+type memoryConsole struct {
+	limit int64
+
+	mu      sync.Mutex
+	kept    []byte
+	written int64
+}
+
+func (c *memoryConsole) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.written += int64(len(b))
+	c.kept = append(c.kept, b[:min(int64(len(b)), c.limit-int64(len(c.kept)))]...)
+	return len(b), nil
+}
+
+// ReadAt implements io.ReaderAt.
+func (c *memoryConsole) ReadAt(b []byte, off int64) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if off >= int64(len(c.kept)) {
+		return 0, io.EOF
+	}
+	n := copy(b, c.kept[off:])
+	if n < len(b) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (c *memoryConsole) size() (int64, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.written, nil
+}
+
+// Close implements io.Closer; the console stays for other readers.
+func (c *memoryConsole) Close() error { return nil }
+
+func (p *Provider) newConsoleReader(ctx context.Context, id string, f consoleSource, follow bool) *consoleReader {
 	ctx, cancel := context.WithCancel(ctx)
-	return &consoleReader{p: p, id: id, f: f, follow: follow, ctx: ctx, cancel: cancel}, nil
+	return &consoleReader{p: p, id: id, f: f, follow: follow, ctx: ctx, cancel: cancel}
 }
 
 type consoleReader struct {
 	p      *Provider
 	id     string
-	f      *os.File
+	f      consoleSource
 	follow bool
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -143,8 +208,8 @@ func (r *consoleReader) next(b []byte) (int, error) {
 		return n, err
 	}
 	if !r.cut {
-		fi, err := r.f.Stat()
-		if err != nil || fi.Size() <= limit {
+		size, err := r.f.size()
+		if err != nil || size <= limit {
 			return 0, err
 		}
 		r.cut, r.mark = true, r.p.consoleMark()

@@ -4,7 +4,6 @@ package processvm
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -29,7 +28,7 @@ type creation struct {
 
 var errDestroyed = fmt.Errorf("%w: destroyed meanwhile", vmprovider.ErrNotFound)
 
-// Create starts the agent's process. If it fails it undoes what it did; only
+// Create starts the agent. If it fails it undoes what it did; only
 // where that fails too does a leftover stay.
 func (p *Provider) Create(ctx context.Context, s vmprovider.Spec) (vmprovider.Instance, error) {
 	end, err := p.begin(ctx, "create", s.ID)
@@ -68,7 +67,9 @@ func (p *Provider) create(ctx context.Context, s vmprovider.Spec) (vmprovider.In
 		p.dismiss(s.ID)
 		inst := p.instance(rec, vmprovider.StateRunning, "")
 		p.notifier.Publish(inst)
-		p.attend(s.ID, *rec.Process)
+		if rec.Process != nil {
+			p.attend(s.ID, *rec.Process)
+		}
 		return inst, nil
 	}
 	if named {
@@ -88,7 +89,9 @@ func (p *Provider) newRecord(s vmprovider.Spec) record {
 		ID: s.ID, Owner: s.Owner, Image: s.Image, CPUs: s.CPUs, MemoryBytes: s.MemoryBytes, DiskBytes: s.DiskBytes,
 		Labels: s.Labels, CreatedAt: time.Now().UTC().Round(0), ExpiresAt: s.ExpiresAt.UTC().Round(0), Creator: p.self,
 	}}
-	r.Command = append(slices.Clone(p.cfg.Command), "--bootstrap", filepath.Join(p.cfg.Root, s.ID, bootstrapFile))
+	if r.Inside = p.cfg.Runner != nil; !r.Inside {
+		r.Command = append(slices.Clone(p.cfg.Command), "--bootstrap", filepath.Join(p.cfg.Root, s.ID, bootstrapFile))
+	}
 	if !p.cfg.NoCgroup {
 		if path, err := proctree.CgroupPath(p.cgroupName(s.ID)); err == nil {
 			r.Cgroup = path
@@ -131,11 +134,22 @@ func (p *Provider) dismiss(id string) {
 // build makes the directory, then the process. If it fails once the directory
 // had its name (named), destroy removes what it made.
 func (p *Provider) build(ctx context.Context, rec record, b vmprovider.Bootstrap) (_ record, named bool, err error) {
+	bootstrap, err := p.bootstrapOf(rec, b)
+	if err != nil {
+		return rec, false, err
+	}
 	staging := p.stagingName(rec.ID)
-	if err := p.stage(ctx, staging, rec, b); err != nil {
+	if err := p.stage(ctx, staging, rec, bootstrap); err != nil {
 		return rec, false, errors.Join(err, removeTree(context.WithoutCancel(ctx), p.root, staging))
 	}
 	p.cfg.failpoint("named")
+	if rec.Inside {
+		if rec, err = p.settle(rec, bootstrap); err == nil {
+			p.cfg.failpoint("started")
+			err = context.Cause(ctx)
+		}
+		return rec, true, err
+	}
 	proc, contained, err := p.start(rec)
 	if err != nil {
 		return rec, true, err
@@ -155,25 +169,21 @@ func (p *Provider) build(ctx context.Context, rec record, b vmprovider.Bootstrap
 
 // stage completes the directory under a name that nobody takes for a machine,
 // then gives it its own.
-func (p *Provider) stage(ctx context.Context, staging string, rec record, b vmprovider.Bootstrap) error {
-	dir := filepath.Join(p.cfg.Root, rec.ID)
-	bootstrap, err := json.MarshalIndent(BootstrapFile{
-		Bootstrap: b, Env: p.cfg.StepEnv,
-		StateDir: filepath.Join(dir, stateDir), WorkDir: filepath.Join(dir, workDir),
-	}, "", "  ")
-	if err != nil {
-		return err
-	}
-	steps := []struct {
+func (p *Provider) stage(ctx context.Context, staging string, rec record, bootstrap []byte) error {
+	type step struct {
 		name string
 		do   func() error
-	}{
+	}
+	steps := []step{
 		{"begun", func() error { return p.root.Mkdir(staging, 0o700) }},
 		{"intent", func() error { return p.writeIntent(staging, rec) }},
-		{"bootstrap", func() error { return p.root.WriteFile(filepath.Join(staging, bootstrapFile), bootstrap, 0o600) }},
-		{"console", func() error { return p.root.WriteFile(filepath.Join(staging, consoleFile), nil, 0o600) }},
-		{"", func() error { return p.root.Rename(staging, rec.ID) }},
 	}
+	if !rec.Inside {
+		steps = append(steps,
+			step{"bootstrap", func() error { return p.root.WriteFile(filepath.Join(staging, bootstrapFile), bootstrap, 0o600) }},
+			step{"console", func() error { return p.root.WriteFile(filepath.Join(staging, consoleFile), nil, 0o600) }})
+	}
+	steps = append(steps, step{"", func() error { return p.root.Rename(staging, rec.ID) }})
 	for _, s := range steps {
 		if err := context.Cause(ctx); err != nil {
 			return err

@@ -45,18 +45,33 @@ func (p *Provider) Destroy(ctx context.Context, id string, _ vmprovider.DestroyO
 
 // destroy does it, under the machine's lock.
 func (p *Provider) destroy(ctx context.Context, id, why string) error {
-	rec, err := p.load(id)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	readable := err == nil
 	var errs []error
-	if readable && rec.Destroying == "" {
-		rec.Destroying = why
-		errs = append(errs, p.saveStatus(rec))
+	var rec record
+	var bare bool
+	var err error
+	if r := p.resident(id); r != nil {
+		// Nothing is written down: if this process ends now the machine is stopped.
+		rec, bare, err = p.evict(ctx, r)
+		errs = append(errs, err)
+	} else {
+		rec, err = p.load(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if p.elsewhere(rec) {
+			return fmt.Errorf("%w: it runs inside process %d", vmprovider.ErrUnavailable, rec.Creator.PID)
+		}
+		if readable := err == nil; readable && rec.Destroying == "" {
+			rec.Destroying = why
+			errs = append(errs, p.saveStatus(rec))
+		}
 	}
 	p.cfg.failpoint("destroying")
-	errs = append(errs, p.kill(ctx, rec))
+	if bare {
+		errs = append(errs, p.removeCgroup(ctx, rec))
+	} else {
+		errs = append(errs, p.kill(ctx, rec))
+	}
 	p.cfg.failpoint("killed")
 	errs = append(errs, removeTree(ctx, p.root, id, recordFile, statusFile))
 	p.cfg.failpoint("emptied")
@@ -64,7 +79,7 @@ func (p *Provider) destroy(ctx context.Context, id, why string) error {
 		p.publish(id)
 		return err
 	}
-	if rec.Process == nil {
+	if rec.Process == nil && !rec.Inside {
 		// Its creator, in another process, may have started the agent after the
 		// search and before the directory went. It cannot any more.
 		if err := p.kill(ctx, rec); err != nil {
@@ -81,6 +96,7 @@ func (p *Provider) destroy(ctx context.Context, id, why string) error {
 	p.cfg.failpoint("unnamed")
 	p.mu.Lock()
 	delete(p.attended, id)
+	delete(p.residents, id)
 	p.mu.Unlock()
 	p.notifier.Publish(p.instance(rec, vmprovider.StateGone, ""))
 	// It is no machine any more; what cannot be removed now the next New does.
@@ -96,22 +112,13 @@ func (p *Provider) kill(ctx context.Context, rec record) error {
 	if rec.Process != nil {
 		t.Root = *rec.Process
 	}
-	path := rec.Cgroup
-	if path == "" && !p.cfg.NoCgroup {
-		// A damaged record, perhaps: it is where this process would have put it.
-		path, _ = proctree.CgroupPath(p.cgroupName(rec.ID))
-	}
 	var errs []error
-	// Only one that a provider made for this machine, perhaps below the same Root
-	// by another path.
-	if name := filepath.Base(path); strings.HasPrefix(name, cgroupPrefix) && strings.HasSuffix(name, "-"+rec.ID) {
-		cg, err := proctree.OpenCgroup(path)
-		switch {
-		case err == nil:
-			t.Cgroup, t.Contained = cg, rec.Contained
-		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errors.ErrUnsupported):
-			errs = append(errs, err)
-		}
+	cg, err := p.cgroup(rec)
+	if err != nil {
+		errs = append(errs, err)
+	}
+	if cg != nil {
+		t.Cgroup, t.Contained = cg, rec.Contained
 	}
 	// What is our child has to leave the process table, too.
 	children := []proctree.ID{t.Root}
@@ -126,6 +133,34 @@ func (p *Provider) kill(ctx context.Context, rec record) error {
 		errs = append(errs, t.Cgroup.Remove(ctx))
 	}
 	return errors.Join(errs...)
+}
+
+// cgroup opens the machine's, nil where there is none.
+func (p *Provider) cgroup(rec record) (*proctree.Cgroup, error) {
+	path := rec.Cgroup
+	if path == "" && !p.cfg.NoCgroup {
+		// A damaged record, perhaps: it is where this process would have put it.
+		path, _ = proctree.CgroupPath(p.cgroupName(rec.ID))
+	}
+	// Only one that a provider made for this machine, perhaps below the same Root
+	// by another path.
+	if name := filepath.Base(path); !strings.HasPrefix(name, cgroupPrefix) || !strings.HasSuffix(name, "-"+rec.ID) {
+		return nil, nil
+	}
+	cg, err := proctree.OpenCgroup(path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errors.ErrUnsupported) {
+		return nil, nil
+	}
+	return cg, err
+}
+
+// removeCgroup is for a machine without processes.
+func (p *Provider) removeCgroup(ctx context.Context, rec record) error {
+	cg, err := p.cgroup(rec)
+	if err != nil || cg == nil {
+		return err
+	}
+	return cg.Remove(ctx)
 }
 
 // publish tells the watchers how the machine is now.

@@ -52,7 +52,7 @@ const MarkerVariable = "SOLSTICE_MACHINE_ID"
 // DefaultConsoleBytes is what is kept of a console where Config says nothing.
 const DefaultConsoleBytes = 4 << 20
 
-// Config is what a Provider needs; Root and Command are required.
+// Config is what a Provider needs; Root and either Command or Runner are required.
 type Config struct {
 	// Root is the directory below which every machine has its own, named after
 	// its ID; made with mode 0700. Providers of several processes may share it.
@@ -61,6 +61,9 @@ type Config struct {
 	// "--bootstrap FILE" is appended, FILE holding a BootstrapFile. It gets no
 	// environment but MarkerVariable, and nothing to read.
 	Command []string
+	// Runner, in place of Command, makes the machines parts of this process: see
+	// the package's comment for what that means.
+	Runner Runner
 	// StepEnv is the base environment of workflow steps (BootstrapFile.Env).
 	StepEnv map[string]string
 	// Host is what Instance.Host says; empty: the host's name.
@@ -102,6 +105,8 @@ type Provider struct {
 	locks    map[string]*idLock
 	creating map[string]*creation
 	attended map[string]proctree.ID
+
+	residents map[string]*resident
 }
 
 var (
@@ -113,8 +118,11 @@ var (
 // New opens a provider on cfg.Root and takes charge of the machines it finds
 // there. An error wraps vmprovider.ErrInvalid where cfg is wrong.
 func New(cfg Config) (*Provider, error) {
-	if cfg.Root == "" || len(cfg.Command) == 0 || !filepath.IsAbs(cfg.Command[0]) || cfg.Max < 0 || cfg.ConsoleBytes < 0 {
-		return nil, fmt.Errorf("processvm: %w: want Root, Command with an absolute path, and no negative number", vmprovider.ErrInvalid)
+	if cfg.Root == "" || cfg.Max < 0 || cfg.ConsoleBytes < 0 {
+		return nil, fmt.Errorf("processvm: %w: want Root, and no negative number", vmprovider.ErrInvalid)
+	}
+	if (len(cfg.Command) > 0) == (cfg.Runner != nil) || len(cfg.Command) > 0 && !filepath.IsAbs(cfg.Command[0]) {
+		return nil, fmt.Errorf("processvm: %w: want either Command with an absolute path or Runner", vmprovider.ErrInvalid)
 	}
 	var err error
 	if cfg.Root, err = filepath.Abs(cfg.Root); err != nil {
@@ -139,6 +147,7 @@ func New(cfg Config) (*Provider, error) {
 	p := &Provider{
 		cfg: cfg, log: cfg.Logger,
 		locks: map[string]*idLock{}, creating: map[string]*creation{}, attended: map[string]proctree.ID{},
+		residents: map[string]*resident{},
 	}
 	if p.self, err = proctree.Self(); err != nil {
 		return nil, fmt.Errorf("processvm: %w", err)
@@ -171,8 +180,10 @@ func (p *Provider) open() error {
 	return nil
 }
 
-// Close ends what this provider is doing and stops watching; the machines stay.
-// A Create that it interrupts undoes what it made.
+// Close ends what this provider is doing and stops watching. Machines that are
+// processes stay; those inside this process end, with their jobs, and are
+// stopped machines to the next provider. A Create that it interrupts undoes
+// what it made.
 func (p *Provider) Close() error {
 	p.mu.Lock()
 	again := p.closed
@@ -184,16 +195,16 @@ func (p *Provider) Close() error {
 	if again {
 		return nil
 	}
-	if err := p.root.Close(); err != nil {
+	if err := errors.Join(p.leave(), p.root.Close()); err != nil {
 		return fmt.Errorf("processvm: close: %w", err)
 	}
 	return nil
 }
 
-// Capabilities implements vmprovider.Provider: nothing is isolated, and
-// machines survive the provider.
+// Capabilities implements vmprovider.Provider: nothing is isolated, and machines
+// survive the provider unless they are inside its process.
 func (p *Provider) Capabilities() vmprovider.Capabilities {
-	return vmprovider.Capabilities{Adopts: true, Platform: []string{runtime.GOOS + "/" + runtime.GOARCH}}
+	return vmprovider.Capabilities{Adopts: p.cfg.Runner == nil, Platform: []string{runtime.GOOS + "/" + runtime.GOARCH}}
 }
 
 // begin is the start of every call; end has to follow when it gives no error.
@@ -258,10 +269,15 @@ func (p *Provider) Get(ctx context.Context, id string) (vmprovider.Instance, err
 
 func (p *Provider) get(id string) (vmprovider.Instance, error) {
 	p.mu.Lock()
-	c := p.creating[id]
+	c, r := p.creating[id], p.residents[id]
 	p.mu.Unlock()
 	if c != nil {
 		return p.instance(c.rec, vmprovider.StateCreating, ""), nil
+	}
+	if r != nil {
+		rec := r.now()
+		state, reason := rec.state()
+		return p.instance(rec, state, reason), nil
 	}
 	rec, err := p.load(id)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -271,7 +287,7 @@ func (p *Provider) get(id string) (vmprovider.Instance, error) {
 		return p.instance(rec, vmprovider.StateLeftover, err.Error()), nil
 	}
 	state, reason := rec.state()
-	if state == vmprovider.StateRunning {
+	if state == vmprovider.StateRunning && !rec.Inside {
 		p.attend(id, *rec.Process)
 	}
 	return p.instance(rec, state, reason), nil

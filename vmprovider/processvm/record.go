@@ -46,6 +46,9 @@ type BootstrapFile struct {
 	StateDir string `json:"state_dir"`
 	// WorkDir is the directory that the agent makes for the job's files.
 	WorkDir string `json:"work_dir"`
+	// Cgroup is the control group in which an agent inside another process
+	// starts its steps; empty: none. An agent process is in it itself.
+	Cgroup string `json:"cgroup,omitempty"`
 }
 
 // intent is what machine.json says, durably, before the machine is begun. It
@@ -60,10 +63,13 @@ type intent struct {
 	Labels      map[string]string `json:"labels,omitempty"`
 	CreatedAt   time.Time         `json:"created_at"`
 	ExpiresAt   time.Time         `json:"expires_at"`
-	Command     []string          `json:"command"`
+	Command     []string          `json:"command,omitempty"`
+	// Inside says that the agent is part of the process that creates the machine.
+	Inside bool `json:"inside,omitempty"`
 	// Creator is the process that creates the machine.
 	Creator proctree.ID `json:"creator"`
-	// Cgroup is where the process is to start; "" where there is none to be had.
+	// Cgroup is where the process, or what the agent inside starts, is to be; ""
+	// where there is none to be had.
 	Cgroup string `json:"cgroup,omitempty"`
 }
 
@@ -89,12 +95,16 @@ func (r record) state() (s vmprovider.State, reason string) {
 	switch {
 	case r.Destroying != "":
 		return vmprovider.StateLeftover, r.Destroying
+	case r.Exit != "":
+		return vmprovider.StateStopped, r.Exit
+	case r.Inside && r.Creator.Alive():
+		return vmprovider.StateRunning, ""
+	case r.Inside:
+		return vmprovider.StateStopped, "the process that it ran inside has ended"
 	case r.Process == nil && r.Creator.Alive():
 		return vmprovider.StateCreating, ""
 	case r.Process == nil:
 		return vmprovider.StateLeftover, "its creator ended before the machine was complete"
-	case r.Exit != "":
-		return vmprovider.StateStopped, r.Exit
 	case r.Process.Alive():
 		return vmprovider.StateRunning, ""
 	default:
