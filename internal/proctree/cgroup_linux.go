@@ -219,6 +219,9 @@ func (c *Cgroup) Kill() error {
 // until the kernel lets go. Absent is no error.
 func (c *Cgroup) Remove(ctx context.Context) error {
 	var last error
+	if err := os.Remove(c.path); err == nil || errors.Is(err, fs.ErrNotExist) {
+		return nil // as mostly
+	}
 	err := poll(ctx, 50*time.Millisecond, func() (bool, error) {
 		last = c.walk(os.Remove)
 		if errors.Is(last, unix.EBUSY) {

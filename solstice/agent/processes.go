@@ -30,6 +30,13 @@ func becomeReaper(log *slog.Logger) bool {
 	return err == nil
 }
 
+// leftError says that processes of the job could not be killed.
+type leftError struct{ err error }
+
+func (e *leftError) Error() string       { return "processes of the job are left: " + e.err.Error() }
+func (e *leftError) Unwrap() error       { return e.err }
+func (e *leftError) ProcessesLeft() bool { return true }
+
 // processes are those of one job.
 type processes struct {
 	log       *slog.Logger
@@ -238,7 +245,8 @@ func (ps *processes) forget() {
 func (ps *processes) hunt(t proctree.Target) {
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
-	if ps.left = proctree.KillAll(ctx, t); ps.left != nil {
-		ps.log.Error("processes of the job are left", "error", ps.left)
+	if err := proctree.KillAll(ctx, t); err != nil {
+		ps.left = &leftError{err}
+		ps.log.Error("processes of the job are left", "error", err)
 	}
 }

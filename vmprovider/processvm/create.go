@@ -92,11 +92,7 @@ func (p *Provider) newRecord(s vmprovider.Spec) record {
 	if r.Inside = p.cfg.Runner != nil; !r.Inside {
 		r.Command = append(slices.Clone(p.cfg.Command), "--bootstrap", filepath.Join(p.cfg.Root, s.ID, bootstrapFile))
 	}
-	if !p.cfg.NoCgroup {
-		if path, err := proctree.CgroupPath(p.cgroupName(s.ID)); err == nil {
-			r.Cgroup = path
-		}
-	}
+	r.Cgroup = p.cgroupPath(s.ID)
 	return r
 }
 
@@ -239,7 +235,7 @@ func (p *Provider) start(rec record) (_ proctree.ID, contained bool, err error) 
 }
 
 func (p *Provider) startInCgroup(rec record, cmd *exec.Cmd) error {
-	cg, err := proctree.NewCgroup(filepath.Base(rec.Cgroup))
+	cg, err := proctree.MakeCgroup(rec.Cgroup)
 	if err != nil {
 		return err
 	}

@@ -138,9 +138,8 @@ func (p *Provider) kill(ctx context.Context, rec record) error {
 // cgroup opens the machine's, nil where there is none.
 func (p *Provider) cgroup(rec record) (*proctree.Cgroup, error) {
 	path := rec.Cgroup
-	if path == "" && !p.cfg.NoCgroup {
-		// A damaged record, perhaps: it is where this process would have put it.
-		path, _ = proctree.CgroupPath(p.cgroupName(rec.ID))
+	if path == "" { // a damaged record, perhaps: it is where this process would have put it
+		path = p.cgroupPath(rec.ID)
 	}
 	// Only one that a provider made for this machine, perhaps below the same Root
 	// by another path.

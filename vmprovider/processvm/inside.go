@@ -17,10 +17,10 @@ import (
 
 // Runner runs an agent inside this process. bootstrap is what an agent process
 // would read, a BootstrapFile as JSON; what the agent prints goes to console. It
-// returns nil once the agent's job is over and all processes of it have ended,
-// with any error where it gave up or cannot be sure of that, and soon after ctx
-// has ended. A panic counts as an error; one in a goroutine that Runner starts is
-// Runner's to catch.
+// returns once the agent's job is over and all processes of it have ended, and
+// soon after ctx has ended. Where it could not end all of them its error has, or
+// wraps one that has, a method ProcessesLeft() bool that says so. A panic ends
+// the machine; one in a goroutine that Runner starts is Runner's to catch.
 type Runner func(ctx context.Context, bootstrap []byte, console io.Writer) error
 
 // Why the machines inside a process end with it.
@@ -33,7 +33,7 @@ type resident struct {
 	cancel  context.CancelCauseFunc
 	done    chan struct{} // closed when the agent has ended
 	exit    string        // how; valid then
-	clean   bool          // and left no process; valid then
+	left    bool          // and perhaps left processes; valid then
 }
 
 func (p *Provider) resident(id string) *resident {
@@ -79,9 +79,9 @@ func (p *Provider) settle(rec record, bootstrap []byte) (record, error) {
 		defer p.busy.Done()
 		defer cancel(nil)
 		defer context.AfterFunc(p.ctx, func() { cancel(errClosing) })()
-		err := p.runAgent(ctx, bootstrap, &r.console)
-		r.clean, r.exit = err == nil, "the agent ended"
-		if err != nil {
+		r.left = true
+		err := p.runAgent(ctx, bootstrap, r)
+		if r.exit = "the agent ended"; err != nil {
 			r.exit += ": " + err.Error()
 		}
 		close(r.done)
@@ -94,18 +94,21 @@ func (p *Provider) settle(rec record, bootstrap []byte) (record, error) {
 }
 
 // runAgent is one agent's life.
-func (p *Provider) runAgent(ctx context.Context, bootstrap []byte, console *memoryConsole) (err error) {
+func (p *Provider) runAgent(ctx context.Context, bootstrap []byte, r *resident) (err error) {
 	err = errors.New("its goroutine was ended")
 	defer func() {
 		if v := recover(); v != nil {
 			err = fmt.Errorf("panic: %v", v)
 			p.log.Error("an agent inside this process panicked", "panic", v)
-			fmt.Fprintf(console, "panic: %v\n%s", v, debug.Stack())
+			fmt.Fprintf(&r.console, "panic: %v\n%s", v, debug.Stack())
 		} else if err != nil {
-			fmt.Fprintln(console, err)
+			fmt.Fprintln(&r.console, err)
 		}
 	}()
-	return p.cfg.Runner(ctx, bootstrap, console)
+	err = p.cfg.Runner(ctx, bootstrap, &r.console)
+	var l interface{ ProcessesLeft() bool }
+	r.left = errors.As(err, &l) && l.ProcessesLeft()
+	return err
 }
 
 // evict ends a machine inside this process and gives what is known of it then.
@@ -114,7 +117,7 @@ func (p *Provider) evict(ctx context.Context, r *resident) (rec record, bare boo
 	r.cancel(errDestroyed)
 	select {
 	case <-r.done:
-		return r.now(), r.clean, nil
+		return r.now(), !r.left, nil
 	case <-ctx.Done():
 		return r.now(), false, fmt.Errorf("its agent does not end: %w", context.Cause(ctx))
 	}
@@ -129,7 +132,7 @@ func (p *Provider) leave() error {
 	for _, r := range p.residents {
 		rec := r.now()
 		errs = append(errs, p.saveStatus(rec))
-		if !r.clean {
+		if r.left {
 			errs = append(errs, p.kill(ctx, rec))
 		}
 	}

@@ -94,6 +94,7 @@ type Provider struct {
 	log      *slog.Logger
 	root     *os.Root
 	self     proctree.ID
+	cgroups  string // where those of machines are made; empty: nowhere
 	notifier vmprovider.Notifier
 
 	ctx    context.Context // ends with Close
@@ -151,6 +152,11 @@ func New(cfg Config) (*Provider, error) {
 	}
 	if p.self, err = proctree.Self(); err != nil {
 		return nil, fmt.Errorf("processvm: %w", err)
+	}
+	if !cfg.NoCgroup {
+		if path, err := proctree.CgroupPath(cgroupPrefix); err == nil {
+			p.cgroups = filepath.Dir(path)
+		}
 	}
 	if err := os.MkdirAll(cfg.Root, 0o700); err != nil {
 		return nil, fmt.Errorf("processvm: %w", err)
@@ -383,6 +389,14 @@ func (p *Provider) Watch(ctx context.Context) iter.Seq2[vmprovider.Instance, err
 func (p *Provider) marker(id string) string { return MarkerVariable + "=" + id }
 
 const cgroupPrefix = "solstice-"
+
+// cgroupPath is where this provider makes a machine's cgroup, empty where none.
+func (p *Provider) cgroupPath(id string) string {
+	if p.cgroups == "" {
+		return ""
+	}
+	return filepath.Join(p.cgroups, p.cgroupName(id))
+}
 
 // cgroupName tells apart machines of equal ID below different roots.
 func (p *Provider) cgroupName(id string) string {
