@@ -1,7 +1,10 @@
 package processvm_test
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"testing"
@@ -17,7 +20,13 @@ func TestConformance(t *testing.T) {
 		t.Fatal(err)
 	}
 	const capacity = 5
-	for name, noCgroup := range map[string]bool{"cgroup": false, "descent": true} {
+	process := processvm.Config{Command: []string{exe, "fake-agent"}, Max: capacity}
+	inside := processvm.Config{Runner: runner, Max: capacity}
+	descent, insideDescent := process, inside
+	descent.NoCgroup, insideDescent.NoCgroup = true, true
+	for name, cfg := range map[string]processvm.Config{
+		"cgroup": process, "descent": descent, "inside, cgroup": inside, "inside, descent": insideDescent,
+	} {
 		t.Run(name, func(t *testing.T) {
 			roots := map[vmprovidertest.T]string{}
 			root := func(s vmprovidertest.T) string {
@@ -29,14 +38,22 @@ func TestConformance(t *testing.T) {
 			behaves := func(as string) func(vmprovidertest.T, *vmprovider.Spec) {
 				return func(_ vmprovidertest.T, s *vmprovider.Spec) { s.Bootstrap.Hostname = as }
 			}
+			current := map[vmprovidertest.T]*processvm.Provider{}
 			vmprovidertest.Run(t, vmprovidertest.Harness{
 				Open: func(s vmprovidertest.T) vmprovider.Provider {
-					p, err := processvm.New(processvm.Config{
-						Root: root(s), Command: []string{exe, "fake-agent"}, Max: capacity, NoCgroup: noCgroup,
-					})
+					// Machines inside this process are one provider's alone.
+					if p := current[s]; p != nil && cfg.Runner != nil {
+						if _, err := p.Get(context.Background(), "absent"); !errors.Is(err, vmprovider.ErrClosed) {
+							return p
+						}
+					}
+					cfg := cfg
+					cfg.Root = root(s)
+					p, err := processvm.New(cfg)
 					if err != nil {
 						s.Fatalf("New: %v", err)
 					}
+					current[s] = p
 					return p
 				},
 				NeverBoots: behaves("idle"),
@@ -61,4 +78,22 @@ func TestConformance(t *testing.T) {
 			})
 		})
 	}
+}
+
+// runner is what fake-agent is, inside this process.
+func runner(ctx context.Context, bootstrap []byte, console io.Writer) error {
+	var boot processvm.BootstrapFile
+	if err := json.Unmarshal(bootstrap, &boot); err != nil {
+		return err
+	}
+	switch boot.Hostname {
+	case "exit":
+		return errors.New("bye")
+	case "print":
+		if _, err := io.WriteString(console, boot.RunnerURL); err != nil {
+			return err
+		}
+	}
+	<-ctx.Done()
+	return context.Cause(ctx)
 }

@@ -80,22 +80,28 @@ func (p *Provider) settle(rec record, bootstrap []byte) (record, error) {
 		defer cancel(nil)
 		defer context.AfterFunc(p.ctx, func() { cancel(errClosing) })()
 		r.left = true
-		err := p.runAgent(ctx, bootstrap, r)
-		if r.exit = "the agent ended"; err != nil {
-			r.exit += ": " + err.Error()
-		}
-		close(r.done)
-		if unlock, err := p.lock(p.ctx, rec.ID); err == nil {
-			p.publish(rec.ID)
-			unlock()
-		}
+		err := errors.New("its goroutine was ended")
+		defer func() { p.agentEnded(r, err) }()
+		err = p.runAgent(ctx, bootstrap, r)
 	}()
 	return rec, nil
 }
 
+// agentEnded notes how an agent ended and tells the watchers.
+func (p *Provider) agentEnded(r *resident, err error) {
+	r.exit = "the agent ended"
+	if err != nil {
+		r.exit += ": " + err.Error()
+	}
+	close(r.done)
+	if unlock, err := p.lock(p.ctx, r.rec.ID); err == nil {
+		p.publish(r.rec.ID)
+		unlock()
+	}
+}
+
 // runAgent is one agent's life.
 func (p *Provider) runAgent(ctx context.Context, bootstrap []byte, r *resident) (err error) {
-	err = errors.New("its goroutine was ended")
 	defer func() {
 		if v := recover(); v != nil {
 			err = fmt.Errorf("panic: %v", v)

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -24,7 +25,7 @@ import (
 //
 //	ARGV0 fake-agent --bootstrap FILE   what Bootstrap.Hostname says
 //	ARGV0 fake-step MODE TAG
-//	ARGV0 fake-orchestrator ROOT ID FAILPOINT cgroup|descent BEHAVIOUR
+//	ARGV0 fake-orchestrator ROOT ID FAILPOINT cgroup|descent[-inside] BEHAVIOUR
 func TestMain(m *testing.M) {
 	if len(os.Args) > 3 {
 		switch os.Args[1] {
@@ -35,7 +36,7 @@ func TestMain(m *testing.M) {
 			fakeStep(os.Args[2], os.Args[3])
 			return
 		case "fake-orchestrator":
-			fakeOrchestrator(os.Args[2], os.Args[3], os.Args[4], os.Args[5] == "cgroup", os.Args[6])
+			fakeOrchestrator(os.Args[2], os.Args[3], os.Args[4], os.Args[5], os.Args[6])
 			return
 		}
 	}
@@ -114,21 +115,28 @@ func fakeStep(mode, work string) {
 	forever()
 }
 
-func fakeOrchestrator(root, id, failpoint string, cgroup bool, behaviour string) {
+func fakeOrchestrator(root, id, failpoint, mode, behaviour string) {
 	exe, err := os.Executable()
 	must(err)
-	p, err := New(Config{
-		Root: root, Command: []string{exe, "fake-agent"}, NoCgroup: !cgroup,
+	cfg := Config{
+		Root: root, Command: []string{exe, "fake-agent"}, NoCgroup: !strings.HasPrefix(mode, "cgroup"),
 		failpoint: func(at string) {
 			if at == failpoint {
 				must(syscall.Kill(os.Getpid(), syscall.SIGKILL))
 				select {}
 			}
 		},
-	})
+	}
+	if strings.HasSuffix(mode, "-inside") {
+		inside(&cfg)
+	}
+	p, err := New(cfg)
 	must(err)
 	_, err = p.Create(context.Background(), spec(id, behaviour))
 	must(err)
+	if behaviour == "killed" {
+		forever()
+	}
 	must(p.Destroy(context.Background(), id, vmprovider.DestroyOptions{}))
 	must(p.Close())
 }
@@ -213,11 +221,16 @@ func nothingLeft(t *testing.T, root string) {
 			t.Errorf("cgroups left: %v", groups)
 		}
 	}
-	table, err := proctree.Processes()
-	ok(t, err)
-	for _, e := range table {
-		if e.PPID == os.Getpid() && e.Zombie {
-			t.Errorf("zombie left: %v", e.ID)
+	for deadline := testContext(t); ; { // a child inside is waited for by who started it, right now
+		table, err := proctree.Processes()
+		ok(t, err)
+		zombies := slices.DeleteFunc(table, func(e proctree.Process) bool { return e.PPID != os.Getpid() || !e.Zombie })
+		if len(zombies) == 0 {
+			return
+		}
+		if deadline.Err() != nil {
+			t.Errorf("zombies left: %v", zombies)
+			return
 		}
 	}
 }

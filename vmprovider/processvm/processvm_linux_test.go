@@ -308,7 +308,8 @@ func TestCreateFailsCleanly(t *testing.T) {
 		}
 		nothingLeft(t, root)
 	}
-	for _, bad := range []Config{{}, {Root: root}, {Root: root, Command: []string{"agent"}}, {Root: root, Command: []string{"/a"}, Max: -1}} {
+	for _, bad := range []Config{{}, {Root: root}, {Root: root, Command: []string{"agent"}}, {Root: root, Command: []string{"/a"}, Max: -1},
+		{Root: root, Command: []string{"/a"}, Runner: fakeRunner}} {
 		if _, err := New(bad); !errors.Is(err, vmprovider.ErrInvalid) {
 			t.Errorf("New(%+v): %v", bad, err)
 		}
