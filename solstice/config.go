@@ -52,6 +52,10 @@ type Config struct {
 	// listened on, by default a free port of 127.0.0.1.
 	AgentListener net.Listener
 	AgentAddr     string
+	// LocalAgents is where agents inside this process reach this engine, which
+	// closes it; see agent.Local. Nobody else may: it has no TLS. nil: there are
+	// none, or they come as all do.
+	LocalAgents net.Listener
 	// Contacts is what agents dial, in order; by default the listener's address.
 	Contacts []string
 	// AgentTLS proves this engine to agents. nil: a CA made for this process,

@@ -89,15 +89,15 @@ func (e *Engine) serve(ctx context.Context) (stop func(), err error) {
 		MinVersion:     tls.VersionTLS13,
 		GetCertificate: e.cfg.AgentTLS.GetCertificate,
 	}, maxStrangers)
-	g := grpc.NewServer(
-		grpc.Creds(handshaken{}), grpc.WaitForHandlers(true),
+	common := []grpc.ServerOption{
+		grpc.WaitForHandlers(true), grpc.MaxRecvMsgSize(maxEventBytes + 64<<10), grpc.ChainUnaryInterceptor(unaryBounds),
 		grpc.StatsHandler(otelgrpc.NewServerHandler(otelgrpc.WithTracerProvider(e.cfg.TracerProvider), otelgrpc.WithMeterProvider(e.cfg.MeterProvider))),
-		grpc.MaxRecvMsgSize(maxEventBytes+64<<10), grpc.MaxConcurrentStreams(16),
+	}
+	g := grpc.NewServer(append(common, grpc.Creds(handshaken{}), grpc.MaxConcurrentStreams(16),
 		grpc.InitialWindowSize(1<<20), grpc.InitialConnWindowSize(1<<20),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: e.cfg.Timing.Heartbeat * 2, Timeout: e.cfg.Timing.Heartbeat}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(unaryBounds),
-	)
+	)...)
 	agentv1.RegisterAgentServiceServer(g, &agentService{e: e})
 	h := &http.Server{
 		Handler: source,
@@ -115,12 +115,14 @@ func (e *Engine) serve(ctx context.Context) (stop func(), err error) {
 		},
 		ErrorLog: slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
 	}
+	stopLocal := e.serveLocal(common...)
 	var wg sync.WaitGroup
 	wg.Add(3)
 	go func() { defer wg.Done(); split.serve() }()
 	go func() { defer wg.Done(); _ = g.Serve(split.h2) }()
 	go func() { defer wg.Done(); _ = h.Serve(split.http1) }()
 	return func() {
+		stopLocal()
 		g.Stop()
 		_ = h.Close()
 		split.close()

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -140,8 +141,14 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 	pool := processvm.Config{
 		Root: p.machinesDir(), Command: agent.Command(), StepEnv: map[string]string{"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/nonexistent"}, Logger: log,
 	}
+	var local net.Listener
 	if p.Inside {
-		pool.Command, pool.Runner = nil, agent.RunInside
+		l, err := agent.NewLocal()
+		if err != nil {
+			return fail(err)
+		}
+		closers = append(closers, l.Close)
+		pool.Command, pool.Runner, local = nil, l.Run, l.Listener()
 	}
 	machines, err := processvm.New(pool)
 	if err != nil {
@@ -154,7 +161,7 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 	}
 	tls := &solstice.AgentTLS{GetCertificate: ca.ServerConfig().GetCertificate, CA: ca.PEM()}
 	return solstice.Config{
-		DB: db, Queue: q, Blobs: blobs, Logger: log, AgentTLS: tls, Contacts: p.Contacts, Timing: p.Timing,
+		DB: db, Queue: q, Blobs: blobs, Logger: log, AgentTLS: tls, Contacts: p.Contacts, Timing: p.Timing, LocalAgents: local,
 		Forges: map[string]forge.Forge{"local": repo}, MaxConcurrency: p.Capacity, LogBytes: p.LogBytes, CancelGrace: p.Grace,
 		Pools: []solstice.Pool{{Labels: []string{"host"}, Provider: machines, Host: "test", Capacity: p.Capacity, Warm: p.Warm}},
 	}, done, nil

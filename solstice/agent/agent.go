@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -89,7 +88,7 @@ func Run(ctx context.Context, cfg Config) error {
 	ctx, a.stop = context.WithCancelCause(ctx)
 	defer a.stop(nil)
 	a.jobCtx = ctx
-	var conn *grpc.ClientConn
+	var conn clientConn
 	if err := a.guard(func() (err error) { conn, err = a.enroll(ctx); return err }); err != nil {
 		return err
 	}
@@ -141,7 +140,7 @@ func cleanDirs(cfg Config) error {
 
 // enroll exchanges the token for a credential. The connection it was told on is
 // kept for the first session: a handshake costs a second in an emulated guest.
-func (a *agent) enroll(ctx context.Context) (*grpc.ClientConn, error) {
+func (a *agent) enroll(ctx context.Context) (clientConn, error) {
 	nonce := make([]byte, 16)
 	_, _ = rand.Read(nonce) // never fails
 	req := &agentv1.EnrollRequest{
@@ -179,7 +178,7 @@ func (a *agent) enroll(ctx context.Context) (*grpc.ClientConn, error) {
 	}
 }
 
-func (a *agent) enrollAt(ctx context.Context, contact string, req *agentv1.EnrollRequest) (*grpc.ClientConn, *agentv1.EnrollResponse, error) {
+func (a *agent) enrollAt(ctx context.Context, contact string, req *agentv1.EnrollRequest) (clientConn, *agentv1.EnrollResponse, error) {
 	conn, err := a.dial(contact)
 	if err != nil {
 		return nil, nil, err
@@ -255,7 +254,7 @@ func (a *agent) watchDeadline(ctx context.Context) {
 
 // serve keeps a session open until the job is over, ctx ends or the server
 // dismisses the agent. It closes conn.
-func (a *agent) serve(ctx context.Context, conn *grpc.ClientConn) error {
+func (a *agent) serve(ctx context.Context, conn clientConn) error {
 	retry := backoff{first: retryFirst, limit: min(retryLimit, max(a.deadline/20, retryFirst))}
 	for {
 		contact := a.contacts.current()

@@ -83,6 +83,7 @@ type Config struct {
 	// package speaks.
 	ProtocolMin, ProtocolMax int
 
+	local       *Local // nil: the contacts are dialled
 	roots       *x509.CertPool
 	spoolMemory int             // bytes of the journal kept in memory
 	sourceTries int             // how often a source that cannot be reached is tried

@@ -18,12 +18,17 @@ var ErrPanic = errors.New("agent: panic")
 // no signal handlers, no working directory, no subreaper; children of the
 // process that are not the job's are left alone.
 func RunInside(ctx context.Context, bootstrap []byte, console io.Writer) error {
+	return runInside(ctx, bootstrap, console, nil)
+}
+
+func runInside(ctx context.Context, bootstrap []byte, console io.Writer, local *Local) error {
 	cfg, err := parseBootstrap(bootstrap)
 	if err != nil {
 		return err
 	}
 	cfg.Logger = slog.New(slog.NewTextHandler(console, nil))
 	cfg.Version = buildVersion()
+	cfg.local = local
 	return Run(ctx, cfg)
 }
 

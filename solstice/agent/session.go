@@ -51,7 +51,7 @@ var errDrain = errors.New("agent: the orchestrator is leaving")
 
 // attach opens a stream and serves it until it fails, the job's end is
 // acknowledged or ctx ends.
-func (a *agent) attach(ctx context.Context, conn *grpc.ClientConn) (*session, error) {
+func (a *agent) attach(ctx context.Context, conn clientConn) (*session, error) {
 	s := &session{
 		a: a, attached: make(chan struct{}), confirm: make(chan string, 16), acked: make(chan struct{}, 1),
 		window: startBytes,
