@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -43,6 +44,7 @@ type flags struct {
 	Dev            bool           `group:"gRPC" env:"SOLSTICE_DEV" help:"For development: gRPC reflection."`
 	MaxConcurrency int            `group:"Pools" env:"MAX_CONCURRENCY" default:"0" placeholder:"N" help:"Jobs at once; 0: the number of CPUs."`
 	CapacityMap    map[string]int `group:"Pools" env:"CAPACITY_MAP" mapsep:"," placeholder:"LABEL=N,…" help:"Pools by runs-on label, and how many machines each may have. Default: host, with as many as --max-concurrency."`
+	TrustedPools   []string       `group:"Pools" env:"TRUSTED_POOLS" placeholder:"LABEL" help:"Pools whose jobs are trusted: their agents run inside this process instead of in one each, which is faster. When this process ends, however it does, these jobs end and are tried again."`
 	PoolEnv        []string       `group:"Pools" env:"POOL_ENV" placeholder:"NAME" help:"Pass this variable on to the steps of the process pools, or with a * at the end all that begin so."`
 	RepoRoot       string         `group:"Pools" env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of the repositories on this machine that may be run (${default})."`
 	DrainTimeout   time.Duration  `group:"State" env:"DRAIN_TIMEOUT" default:"30s" help:"How long SIGTERM waits for jobs under way, which then go on without this process."`
@@ -243,21 +245,53 @@ func (f *flags) parts(ctx context.Context, db *bun.DB, dir string, cfg *solstice
 	open.add(repos.Close)
 	cfg.Forges = map[string]forge.Forge{"local": repos}
 
-	machines, err := processvm.New(processvm.Config{
-		Root: filepath.Join(dir, "machines"), Command: agent.Command(), StepEnv: daemon.StepEnvironment(f.PoolEnv...), Logger: cfg.Logger,
-	})
-	if err != nil {
-		return problem("cannot make machines here", err, "")
+	return f.pools(dir, cfg, open)
+}
+
+// pools makes the pools and what their machines are: a process each, or a part
+// of this one.
+func (f *flags) pools(dir string, cfg *solstice.Config, open *closers) error {
+	provide := func(pc processvm.Config) (*processvm.Provider, error) {
+		pc.Root, pc.StepEnv, pc.Logger = filepath.Join(dir, "machines"), daemon.StepEnvironment(f.PoolEnv...), cfg.Logger
+		machines, err := processvm.New(pc)
+		if err != nil {
+			return nil, problem("cannot make machines here", err, "")
+		}
+		open.add(machines.Close)
+		return machines, nil
 	}
-	open.add(machines.Close)
+	processes, err := provide(processvm.Config{Command: agent.Command()})
+	if err != nil {
+		return err
+	}
 	if len(f.CapacityMap) == 0 {
-		cfg.Pools = []solstice.Pool{{Name: solstice.DefaultLabel, Provider: machines}}
+		cfg.Pools = []solstice.Pool{{Name: solstice.DefaultLabel, Provider: processes}}
 	}
 	for label, n := range f.CapacityMap {
 		if n < 1 {
 			return usage("the capacity of "+label+" is not positive", "correct --capacity-map")
 		}
-		cfg.Pools = append(cfg.Pools, solstice.Pool{Name: label, Provider: machines, Capacity: n})
+		cfg.Pools = append(cfg.Pools, solstice.Pool{Name: label, Provider: processes, Capacity: n})
+	}
+	if len(f.TrustedPools) == 0 {
+		return nil
+	}
+	local, err := agent.NewLocal()
+	if err != nil {
+		return problem("cannot run agents inside this process", err, "")
+	}
+	open.add(local.Close)
+	inside, err := provide(processvm.Config{Runner: local.Run})
+	if err != nil {
+		return err
+	}
+	cfg.LocalAgents = local.Listener()
+	for _, label := range f.TrustedPools {
+		i := slices.IndexFunc(cfg.Pools, func(p solstice.Pool) bool { return p.Name == label })
+		if i < 0 {
+			return usage("there is no pool "+label+" to be trusted", "correct --trusted-pools, or add it to --capacity-map")
+		}
+		cfg.Pools[i].Provider = inside
 	}
 	return nil
 }

@@ -15,6 +15,29 @@
 // (A supervisor may still end it with the provider's process: under systemd set
 // KillMode=process.)
 //
+// With Config.Runner a machine is no process but a part of the provider's own: a
+// goroutine that runs the agent, for jobs that are trusted as far as the program
+// around them is. The steps are processes as ever, with a directory, a cgroup
+// and the marker (below), and everything above holds but for this:
+//
+//   - The agent shares the process's memory, file descriptors and fate. Close
+//     ends its machines and their jobs; so does the end of the process, however
+//     it comes. Capabilities do not say Adopts.
+//   - After a kill -9 the steps run on, orphaned, until the next provider on Root,
+//     to which their machines are stopped, destroys them: it finds the steps by
+//     cgroup and marker, and the directories by their names. What is in no cgroup
+//     and wiped its environment stays.
+//   - A panic in the agent is an error that stops its machine, with the stack on
+//     its console.
+//   - The console is kept in memory, and is nobody else's to read; there is no
+//     bootstrap file.
+//   - While the process lives, only the provider that made a machine can destroy it.
+//   - No process adopts the orphans of a step: that would change the whole
+//     process, and would need every child of it to be waited for in one place. They
+//     are found by cgroup and marker. PR_SET_PDEATHSIG is no way to end steps with
+//     the process: it follows the thread that started them, and only the first
+//     generation.
+//
 // Destroy ends all that descends from the agent. Where a cgroup (version 2) may
 // be made below the provider's own, none escapes. Otherwise it finds them by
 // descent, which also covers a daemon that left its session for as long as the
