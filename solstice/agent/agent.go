@@ -268,7 +268,6 @@ func (a *agent) serve(ctx context.Context, conn clientConn) error {
 			if s.welcomed {
 				retry.reset()
 			}
-			_ = conn.Close()
 		}
 		conn = nil
 		switch {

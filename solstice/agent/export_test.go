@@ -14,3 +14,6 @@ var (
 	Untar   = untar
 	IsInfra = isInfra
 )
+
+// SetFailpoint has f called where goroutines of an agent begin.
+func (c *Config) SetFailpoint(f func(at string)) { c.failpoint = f }

@@ -50,8 +50,9 @@ type sent struct {
 var errDrain = errors.New("agent: the orchestrator is leaving")
 
 // attach opens a stream and serves it until it fails, the job's end is
-// acknowledged or ctx ends.
+// acknowledged or ctx ends. It closes conn.
 func (a *agent) attach(ctx context.Context, conn clientConn) (*session, error) {
+	defer func() { _ = conn.Close() }()
 	s := &session{
 		a: a, attached: make(chan struct{}), confirm: make(chan string, 16), acked: make(chan struct{}, 1),
 		window: startBytes,
