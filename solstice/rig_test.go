@@ -26,6 +26,7 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/agent"
 	"github.com/solstice-ci/solstice-go/vmprovider"
+	"github.com/solstice-ci/solstice-go/vmprovider/memvm"
 	"github.com/solstice-ci/solstice-go/vmprovider/processvm"
 )
 
@@ -62,7 +63,8 @@ type plant struct {
 	Warm     int
 	LogBytes int64
 	Grace    time.Duration
-	Inside   bool // agents run inside the engine's process
+	Inside   bool   // agents run inside the engine's process
+	Handover string // a directory: who reads it runs the agents, see handover
 }
 
 // quick are clocks for tests: everything that waits for one is short.
@@ -159,11 +161,15 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 	if err != nil {
 		return fail(err)
 	}
+	var provider vmprovider.Provider = machines
+	if p.Handover != "" {
+		provider = handover{memvm.New(memvm.Config{}), p.Handover}
+	}
 	tls := &solstice.AgentTLS{GetCertificate: ca.ServerConfig().GetCertificate, CA: ca.PEM()}
 	return solstice.Config{
 		DB: db, Queue: q, Blobs: blobs, Logger: log, AgentTLS: tls, Contacts: p.Contacts, Timing: p.Timing, LocalAgents: local,
 		Forges: map[string]forge.Forge{"local": repo}, MaxConcurrency: p.Capacity, LogBytes: p.LogBytes, CancelGrace: p.Grace,
-		Pools: []solstice.Pool{{Labels: []string{"host"}, Provider: machines, Host: "test", Capacity: p.Capacity, Warm: p.Warm}},
+		Pools: []solstice.Pool{{Labels: []string{"host"}, Provider: provider, Host: "test", Capacity: p.Capacity, Warm: p.Warm}},
 	}, done, nil
 }
 
@@ -356,13 +362,18 @@ func job(t testing.TB, r solstice.Run, name string) solstice.Job {
 // healthy machine needs.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.After(time.Minute)
+	eventuallyWithin(t, time.Minute, what, ok)
+}
+
+func eventuallyWithin(t testing.TB, bound time.Duration, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(bound)
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		select {
 		case <-deadline:
-			t.Fatalf("not within a minute: %s", what)
+			t.Fatalf("not within %s: %s", bound, what)
 		case <-tick.C:
 		}
 	}
