@@ -292,6 +292,7 @@ func TestStartUpDiagnostics(t *testing.T) {
 		{"undialable", []string{"--agent-addr=0.0.0.0:0", "--grpc-addr=127.0.0.1:0", "--http-addr=127.0.0.1:0", "--runner-addr=127.0.0.1:0"}, []string{"guests cannot dial", "--orch-contact-addr"}},
 		{"half a certificate", []string{"--grpc-tls-cert", config}, []string{"--grpc-tls-key"}},
 		{"capacity", []string{"--capacity-map=host=0"}, []string{"capacity of host"}},
+		{"trusted", []string{"--trusted-pools=hots"}, []string{"no pool hots", "--capacity-map"}},
 	} {
 		cmd := command(t, append([]string{"--state-dir", filepath.Join(t.TempDir(), "state")}, c.args...)...)
 		out, err := cmd.CombinedOutput()
