@@ -270,9 +270,12 @@ func TestInsideConsoleIsBounded(t *testing.T) {
 	if err != nil || !strings.HasPrefix(string(b), "line 0\nline 1\n") || !strings.HasSuffix(string(b), p.consoleMark()) || len(b) != limit+len(p.consoleMark()) {
 		t.Errorf("console of %d bytes, %v: %.20q … %q", len(b), err, b, b[max(0, len(b)-60):])
 	}
-	if n := len(p.resident(id).console.kept); n != limit {
+	kept := &p.resident(id).console
+	kept.mu.Lock()
+	if n := len(kept.kept); n != limit {
 		t.Errorf("%d bytes are kept, want %d", n, limit)
 	}
+	kept.mu.Unlock()
 	destroyAll(t, p)
 	nothingLeft(t, root)
 }

@@ -110,7 +110,10 @@ func TestDestroyEndsTree(t *testing.T) {
 			ok(t, err)
 			awaitConsole(t, p, id, "ready")
 			if c.behaviour == "dead-tree" {
-				inst, err := vmprovider.Wait(ctx, p, id, stopped)
+				// For a moment it has ended and nobody has taken its status yet.
+				inst, err := vmprovider.Wait(ctx, p, id, func(i vmprovider.Instance) bool {
+					return stopped(i) && i.Reason != "ended unobserved"
+				})
 				if err != nil || !strings.Contains(inst.Reason, "exit status 1") {
 					t.Errorf("machine whose agent ended: %+v, %v", inst, err)
 				}
@@ -308,8 +311,13 @@ func TestCreateFailsCleanly(t *testing.T) {
 		}
 		nothingLeft(t, root)
 	}
-	for _, bad := range []Config{{}, {Root: root}, {Root: root, Command: []string{"agent"}}, {Root: root, Command: []string{"/a"}, Max: -1},
-		{Root: root, Command: []string{"/a"}, Runner: fakeRunner}} {
+	for _, bad := range []Config{
+		{},
+		{Root: root},
+		{Root: root, Command: []string{"agent"}},
+		{Root: root, Command: []string{"/a"}, Max: -1},
+		{Root: root, Command: []string{"/a"}, Runner: fakeRunner},
+	} {
 		if _, err := New(bad); !errors.Is(err, vmprovider.ErrInvalid) {
 			t.Errorf("New(%+v): %v", bad, err)
 		}
