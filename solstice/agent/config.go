@@ -75,7 +75,7 @@ type Config struct {
 	// Cgroup, where not empty, is a control group of this machine alone (Linux,
 	// version 2): the steps are started in it, and when the job is over all that
 	// is in it is killed, which finds what a search of the process table may
-	// miss and costs less.
+	// miss and costs less. This process must not be in it.
 	Cgroup string
 	// Patience bounds enrolment; 0 is DefaultPatience.
 	Patience time.Duration

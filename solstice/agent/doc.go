@@ -9,7 +9,10 @@
 //
 // A program becomes an agent by calling [Hook] first thing in main; [Command]
 // is what starts it again as one. examples/agent is nothing but an agent, the
-// CLI and examples/embed run themselves as the agents of a process pool.
+// CLI and examples/embed run themselves as the agents of a process pool. For jobs
+// that are trusted agents can be parts of a larger program ([RunInside]), also of
+// the one that has the engine ([Local]): Run keeps no global state, and a panic
+// ends its agent alone.
 //
 // # Promises
 //
