@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/solstice-ci/solstice-go/solstice/logstream"
+	"github.com/solstice-ci/solstice-go/solstice/logstream/internal/record"
 )
 
 func appendTo(t *testing.T, s *Store, name string, epoch, off int64, p string) {
@@ -214,6 +215,42 @@ func TestCrashUnderLoad(t *testing.T) {
 	}
 }
 
+// A journal file that is written over holds older records behind its own, which
+// begin where its own end if all are of one size: they are not redone.
+func TestOldRecordsAreNotRedone(t *testing.T) {
+	s := openStore(t, t.TempDir(), Options{NoSync: true, JournalBytes: 1 << 10})
+	const first = 1 << 14 // offsets of one length
+	appendTo(t, s, "a", 1, 0, strings.Repeat("x", first))
+	recycled := 0
+	for n := int64(first); recycled < 50; n += 8 {
+		dir, copied := t.TempDir(), false
+		held := make(chan struct{})
+		s.journal.mu.Lock()
+		s.journal.pause = func() {
+			defer close(held)
+			err := s.journal.waitCheckpoint()
+			if copied = s.journal.recycled; copied {
+				recycled++
+				err = errors.Join(err, os.CopyFS(dir, os.DirFS(s.root.Name())))
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}
+		s.journal.mu.Unlock()
+		if _, err := s.Append(t.Context(), "a", logstream.AppendOptions{Epoch: 1}, n, fmt.Appendf(nil, "%08d", n)); err != nil {
+			t.Fatal(err)
+		}
+		if <-held; !copied {
+			continue
+		}
+		again := openStore(t, dir, Options{NoSync: true})
+		if info, err := again.Stat(t.Context(), "a"); err != nil || info.Size != n+8 {
+			t.Fatalf("%d bytes after the crash, %d were acknowledged: %v", info.Size, n+8, err)
+		}
+	}
+}
+
 func TestDamagedJournalBeforeTheLast(t *testing.T) {
 	s := openStore(t, t.TempDir(), Options{NoSync: true})
 	appendTo(t, s, "a", 1, 0, "one")
@@ -226,6 +263,7 @@ func TestDamagedJournalBeforeTheLast(t *testing.T) {
 	if err := os.WriteFile(last, whole[:len(whole)-1], 0o600); err != nil {
 		t.Fatal(err)
 	}
+	record.Salt(whole, saltOf(1)^saltOf(0xffff)) // of the file that it is put into
 	if err := os.WriteFile(filepath.Join(dir, journalDir, "000000000000ffff"), whole, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -352,7 +390,17 @@ func FuzzJournal(f *testing.F) {
 		if again, err := parseRedo(r.encode(nil)); err != nil || again.name != r.name || !bytes.Equal(again.data, r.data) || !bytes.Equal(again.index, r.index) || again.dataAt != r.dataAt || again.indexAt != r.indexAt {
 			t.Fatalf("%+v became %+v, %v", r, again, err)
 		}
-		_, _ = scan(bytes.NewReader(b), func(*redo) error { return nil })
+		// What was parsed is a record that is read again, by its own salt alone.
+		rec := record.Append(nil, b)
+		record.Salt(rec, 7)
+		n := 0
+		count := func(*redo) error { n++; return nil }
+		if whole, err := scan(bytes.NewReader(rec), 7, count); !whole || err != nil || n != 1 {
+			t.Fatalf("%d records, whole: %v, %v", n, whole, err)
+		}
+		if whole, err := scan(bytes.NewReader(rec), 8, count); whole || err != nil || n != 1 {
+			t.Fatalf("with another salt: %d records, whole: %v, %v", n-1, whole, err)
+		}
 	})
 }
 

@@ -172,7 +172,6 @@ func (s *Store) Append(ctx context.Context, name string, o logstream.AppendOptio
 			c.next.size += int64(len(fresh))
 			if st.sum != nil {
 				c.sum = cloneHash(st.sum)
-				c.sum.Write(fresh)
 			}
 		}
 		return c, nil
@@ -274,9 +273,14 @@ func (s *Store) tryChange(ctx context.Context, st *stream, decide func(*stream) 
 	if !c.retry {
 		c.encode()
 	}
-	c.done = make(chan struct{})
+	c.done, c.hashed = make(chan struct{}), make(chan struct{})
 	s.retain(st)
+	data := c.redo.data
 	s.journal.submit(c) // gives the turn back
+	if c.sum != nil && len(data) > 0 {
+		c.sum.Write(data) // while the disk works; the record is kept until then
+	}
+	close(c.hashed)
 	select {
 	case <-c.done:
 		return !again, c.err

@@ -2,10 +2,9 @@ package filelog
 
 import (
 	"bufio"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
+	"io/fs"
 	"log/slog"
 	"os"
 	"slices"
@@ -36,6 +35,8 @@ type journal struct {
 
 	// The rest belongs to the goroutine.
 	seq       uint64
+	salt      uint32 // of the current file's records
+	recycled  bool   // the current file has older records behind its own
 	f         *os.File
 	w         *bufio.Writer
 	size      int64
@@ -47,6 +48,9 @@ type journal struct {
 
 // maxGroupBytes bounds a group, and with it how long the first waits.
 const maxGroupBytes = 8 << 20
+
+// gatherBytes of small records are one write; larger ones are not copied for it.
+const gatherBytes = 32 << 10
 
 func openJournal(fl *files, o Options) (*journal, error) {
 	j := &journal{o: o, files: fl, log: o.Logger, wake: make(chan struct{}, 1), done: make(chan struct{}), dirty: map[string]bool{}, sync: syncData}
@@ -70,6 +74,13 @@ func openJournal(fl *files, o Options) (*journal, error) {
 	go j.run()
 	return j, nil
 }
+
+// spare is a journal file that is not needed any more and will be written over:
+// a sync is cheaper where the file does not grow. Its records are told from newer
+// ones by their salt, which differs from file to file.
+const spare = journalDir + "/spare"
+
+func saltOf(seq uint64) uint32 { return uint32(seq) }
 
 func segmentPath(seq uint64) string { return fmt.Sprintf("%s/%016x", journalDir, seq) }
 
@@ -108,7 +119,7 @@ func (j *journal) recover() error {
 			return err
 		}
 	}
-	return nil
+	return j.dropSpare()
 }
 
 func (j *journal) redoFile(seq uint64, torn *bool) error {
@@ -117,7 +128,7 @@ func (j *journal) redoFile(seq uint64, torn *bool) error {
 		return err
 	}
 	defer f.Close()
-	whole, err := scan(bufio.NewReaderSize(f, 256<<10), func(r *redo) error {
+	whole, err := scan(bufio.NewReaderSize(f, 256<<10), saltOf(seq), func(r *redo) error {
 		if *torn { // a file is complete before the next one is begun
 			return fmt.Errorf("%w: journal file before %s", logstream.ErrCorrupt, segmentPath(seq))
 		}
@@ -140,8 +151,33 @@ func (j *journal) remove(seq uint64) error {
 	return j.files.syncPath(journalDir)
 }
 
+// retire makes a journal file the spare one, as finally as remove.
+func (j *journal) retire(seq uint64) error {
+	if err := j.files.root.Rename(segmentPath(seq), spare); err != nil {
+		return err
+	}
+	return j.files.syncPath(journalDir)
+}
+
+func (j *journal) dropSpare() error {
+	if err := j.files.root.Remove(spare); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// create begins a journal file, in the spare one if there is one.
 func (j *journal) create(seq uint64) error {
-	f, err := j.files.root.OpenFile(segmentPath(seq), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	flags := os.O_WRONLY
+	err := j.files.root.Rename(spare, segmentPath(seq))
+	recycled := err == nil
+	if errors.Is(err, fs.ErrNotExist) {
+		flags, err = os.O_WRONLY|os.O_CREATE|os.O_EXCL, nil
+	}
+	if err != nil {
+		return err
+	}
+	f, err := j.files.root.OpenFile(segmentPath(seq), flags, 0o600)
 	if err != nil {
 		return err
 	}
@@ -149,8 +185,8 @@ func (j *journal) create(seq uint64) error {
 		f.Close()
 		return err
 	}
-	j.f, j.seq, j.size = f, seq, 0
-	j.w = bufio.NewWriterSize(f, 256<<10)
+	j.f, j.seq, j.salt, j.recycled, j.size = f, seq, saltOf(seq), recycled, 0
+	j.w = bufio.NewWriterSize(f, gatherBytes)
 	return nil
 }
 
@@ -179,7 +215,7 @@ func (j *journal) close() error {
 	err := j.waitCheckpoint()
 	if err == nil && j.broken == nil && j.unapplied == 0 {
 		if err = j.files.sync(j.dirty); err == nil {
-			err = j.remove(j.seq)
+			err = errors.Join(j.remove(j.seq), j.dropSpare())
 		}
 	}
 	return errors.Join(err, j.f.Close())
@@ -251,13 +287,9 @@ func (j *journal) write(group []*commit) error {
 		if c.retry || err != nil {
 			continue
 		}
-		var head [record.HeaderSize]byte
-		binary.LittleEndian.PutUint32(head[:], uint32(len(c.rec)))
-		binary.LittleEndian.PutUint32(head[4:], crc32.Checksum(c.rec, record.Castagnoli))
-		if _, err = j.w.Write(head[:]); err == nil {
-			_, err = j.w.Write(c.rec)
-		}
-		size += int64(len(head) + len(c.rec))
+		record.Salt(c.rec, j.salt)
+		_, err = j.w.Write(c.rec)
+		size += int64(len(c.rec))
 	}
 	if size == j.size {
 		return nil // only retries
@@ -310,12 +342,13 @@ func (j *journal) apply(c *commit) {
 			j.unapplied++
 			return
 		}
+		<-p.hashed
 		st.sum = p.sum
 		if p.remove {
 			p.store.forget(st)
 		}
 		st.set(p.next, p.remove)
-		p.redo.data, p.rec = nil, nil
+		p.free()
 	}
 }
 
@@ -330,6 +363,18 @@ func (j *journal) rotate() {
 		j.log.Error("checkpoint failed", "error", err)
 		return
 	}
+	if j.recycled { // a file is complete before the next one is begun
+		err := j.f.Truncate(j.size)
+		if err == nil {
+			err = j.sync(j.f)
+		}
+		if err != nil {
+			j.broken = fmt.Errorf("filelog: journal is broken, reopen the store: %w", err)
+			j.log.Error("journal cannot be completed", "error", err)
+			return
+		}
+		j.recycled = false
+	}
 	old, oldSeq, names := j.f, j.seq, j.dirty
 	if err := j.create(j.seq + 1); err != nil {
 		j.log.Warn("no new journal file, going on with the old one", "error", err)
@@ -343,7 +388,7 @@ func (j *journal) rotate() {
 	go func() {
 		err := errors.Join(j.files.sync(names), old.Close())
 		if err == nil {
-			err = j.remove(oldSeq)
+			err = j.retire(oldSeq)
 		}
 		done <- err
 	}()

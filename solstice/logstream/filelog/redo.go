@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/solstice-ci/solstice-go/solstice/logstream"
@@ -33,16 +34,35 @@ const (
 	redoRemove = 'r'
 )
 
-// encode puts the change into the journal's form, which also copies the bytes
-// so that the caller of Append has them back whenever it returns.
+// buffers are reused for the records of appends, unless they are huge.
+var buffers sync.Pool
+
+const maxPooled = 4 << 20
+
+// encode puts the change into the journal's form, a record, which also copies
+// the bytes so that the caller of Append has them back whenever it returns.
 func (c *commit) encode() {
 	cur := c.st.state
 	c.redo = redo{name: c.st.name, remove: c.remove, dataAt: cur.size, indexAt: cur.indexSize, index: c.idx, data: c.data}
-	payload := c.redo.encode(make([]byte, 0, len(c.data)+len(c.idx)+len(c.st.name)+40))
-	c.redo.data = payload[len(payload)-len(c.data):]
-	c.data = nil
-	// Header and payload are written apart: no second copy.
-	c.rec = payload
+	size := record.HeaderSize + len(c.data) + len(c.idx) + len(c.st.name) + 40
+	var b []byte
+	if p, _ := buffers.Get().(*[]byte); p != nil && cap(*p) >= size {
+		b = (*p)[:record.HeaderSize]
+	} else {
+		b = make([]byte, record.HeaderSize, size)
+	}
+	b = c.redo.encode(b)
+	record.Header(b)
+	c.redo.data = b[len(b)-len(c.data):]
+	c.rec, c.data = b, nil
+}
+
+// free gives the record's buffer back.
+func (c *commit) free() {
+	if b := c.rec; cap(b) <= maxPooled {
+		buffers.Put(&b)
+	}
+	c.redo.data, c.rec = nil, nil
 }
 
 func (r *redo) encode(b []byte) []byte {
@@ -266,10 +286,11 @@ func (fl *files) syncPath(path string) error {
 	return f.Sync()
 }
 
-// scan gives every whole record of a journal file to f. It returns false when
+// scan gives every whole record of a journal file, salted so, to f. It returns false when
 // the file ends in the middle of a record or in a damaged one.
-func scan(r io.Reader, f func(*redo) error) (whole bool, err error) {
+func scan(r io.Reader, salt uint32, f func(*redo) error) (whole bool, err error) {
 	records := record.NewReader(r, maxRedoBytes)
+	records.Salt = salt
 	for {
 		payload, err := records.Next()
 		switch {

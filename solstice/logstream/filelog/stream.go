@@ -260,6 +260,8 @@ type commit struct {
 	idx   []byte // to add to the index at st.state.indexSize
 	sum   hash.Hash
 
+	hashed chan struct{} // closed when sum has the data
+
 	remove bool // delete the stream
 	retry  bool // apply what could not be applied before
 

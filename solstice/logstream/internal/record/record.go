@@ -24,6 +24,19 @@ func Append(b, payload []byte) []byte {
 	return append(b, payload...)
 }
 
+// Header fills in the header of a record whose payload was written behind it.
+func Header(rec []byte) {
+	payload := rec[HeaderSize:]
+	binary.LittleEndian.PutUint32(rec, uint32(len(payload)))
+	binary.LittleEndian.PutUint32(rec[4:], crc32.Checksum(payload, Castagnoli))
+}
+
+// Salt changes a record's checksum, so that only a Reader with the same Salt
+// takes it for whole; a second time takes it back.
+func Salt(rec []byte, salt uint32) {
+	binary.LittleEndian.PutUint32(rec[4:], binary.LittleEndian.Uint32(rec[4:])^salt)
+}
+
 // HeaderSize is what a record adds to its payload.
 const HeaderSize = 8
 
@@ -63,6 +76,8 @@ func Length(header []byte, limit int) (int, error) {
 
 // Reader reads records one after the other from r.
 type Reader struct {
+	Salt uint32 // of the records
+
 	r     io.Reader
 	limit int
 	buf   []byte
@@ -85,7 +100,7 @@ func (r *Reader) Next() ([]byte, error) {
 	// Grow as bytes arrive: a damaged length must not allocate much.
 	r.buf = append(r.buf[:0], head[:]...)
 	for len(r.buf) < HeaderSize+n {
-		step := min(n+HeaderSize-len(r.buf), max(64<<10, len(r.buf)))
+		step := min(n+HeaderSize-len(r.buf), max(4<<10, len(r.buf)))
 		at := len(r.buf)
 		r.buf = append(r.buf, make([]byte, step)...)
 		if _, err := io.ReadFull(r.r, r.buf[at:]); err != nil {
@@ -95,6 +110,7 @@ func (r *Reader) Next() ([]byte, error) {
 			return nil, err
 		}
 	}
+	Salt(r.buf, r.Salt)
 	payload, _, err := Parse(r.buf, r.limit)
 	return payload, err
 }
