@@ -18,9 +18,15 @@ const (
 	defaultMaxBatch = 256 << 10
 	minMaxBatch     = 4 << 10
 	maxLogChunk     = 32<<10 - eventOverhead
-	// batchTarget is where a batch is full, unless one event alone is larger:
-	// small enough to get through connections that break again and again.
-	batchTarget      = 32 << 10
+	// A batch is full at batchTarget, unless one event alone is larger: small
+	// enough to get through connections that break again and again. It grows
+	// with what a stream has brought home, up to batchMost.
+	batchTarget = 32 << 10
+	batchMost   = 256 << 10
+	// holdBack is how long an output is held back, for each piece of it, while
+	// the journal's memory is full: a server that keeps up makes room by then,
+	// and only the log of a job whose server does not is written to disk.
+	holdBack         = 100 * time.Millisecond
 	eventOverhead    = 512 // what an event is around its data, generously
 	truncatedByQuota = "quota"
 )
@@ -34,6 +40,7 @@ type journal struct {
 	now      func() time.Time
 	onError  func(error) // called once, when the disk fails
 	ready    chan struct{}
+	released chan struct{} // one token: something was acknowledged
 	done     chan struct{} // closed when the last event is acknowledged
 
 	mu       sync.Mutex
@@ -62,7 +69,7 @@ func newJournal(dir string, room, maxBatch int, quota int64, onError func(error)
 		maxBatch: max(maxBatch, minMaxBatch), quota: quota,
 		mark: fmt.Sprintf("[solstice] log truncated: quota of %s reached\n", formatSize(quota)),
 		now:  time.Now, onError: onError,
-		ready: make(chan struct{}, 1), done: make(chan struct{}),
+		ready: make(chan struct{}, 1), released: make(chan struct{}, 1), done: make(chan struct{}),
 		hash: sha256.New(), cutAt: -1, progress: time.Now(),
 	}
 	if maxBatch <= 0 {
@@ -85,7 +92,30 @@ func (j *journal) chunk() int { return min(maxLogChunk, j.maxBatch-eventOverhead
 // eventRoom is how large an event's own data may be.
 func (j *journal) eventRoom() int { return j.maxBatch - eventOverhead }
 
-// log records what a step printed.
+// room waits until n bytes of log fit into memory, within reason.
+func (j *journal) room(n int) {
+	var late <-chan time.Time
+	for {
+		j.mu.Lock()
+		full := j.cutAt < 0 && !j.finished && j.spool.fills(n+n/8+eventOverhead)
+		j.mu.Unlock()
+		if !full {
+			return
+		}
+		if late == nil {
+			t := time.NewTimer(holdBack)
+			defer t.Stop()
+			late = t.C
+		}
+		select {
+		case <-j.released:
+		case <-late:
+			return
+		}
+	}
+}
+
+// log records what a step printed, of which one call is at a time.
 func (j *journal) log(step int32, fd agentv1.Fd, p []byte) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -205,6 +235,10 @@ func (j *journal) ack(seq int64) error {
 	}
 	j.acked, j.progress = seq, j.now()
 	j.spool.release(seq)
+	select {
+	case j.released <- struct{}{}:
+	default:
+	}
 	if j.finished && seq == j.spool.last {
 		close(j.done)
 	}
@@ -236,60 +270,6 @@ func (j *journal) remove() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.spool.remove()
-}
-
-// reader reads a journal's events in order, for one stream.
-type reader struct {
-	j    *journal
-	c    cursor
-	held *agentv1.Event // read, but did not fit into the last batch
-}
-
-// reader begins after seq, or after what is acknowledged if that is more.
-func (j *journal) reader(seq int64) *reader {
-	return &reader{j: j, c: cursor{s: j.spool, seq: seq}}
-}
-
-// batch gives the next events, as many as fit into one EventBatch; nil when
-// there are none now. size is its encoded size.
-func (r *reader) batch() (b *agentv1.EventBatch, size int, err error) {
-	r.j.mu.Lock()
-	defer r.j.mu.Unlock()
-	b = &agentv1.EventBatch{}
-	for {
-		e := r.held
-		r.held = nil
-		if e == nil || e.Seq <= r.j.acked {
-			seq, rec, err := r.c.next()
-			if err != nil {
-				return nil, 0, err
-			}
-			if rec == nil {
-				break
-			}
-			e = &agentv1.Event{}
-			if err := proto.Unmarshal(rec, e); err != nil || e.Seq != seq {
-				return nil, 0, fmt.Errorf("%w: event %d: %w", errCorrupt, seq, err)
-			}
-		}
-		n := proto.Size(e) + 5 // tag and length
-		if size > 0 && size+n > min(batchTarget, r.j.maxBatch) {
-			r.held = e
-			break
-		}
-		b.Events = append(b.Events, e)
-		size += n
-	}
-	if size == 0 {
-		return nil, 0, nil
-	}
-	return b, size, nil
-}
-
-func (r *reader) close() {
-	r.j.mu.Lock()
-	defer r.j.mu.Unlock()
-	r.c.close()
 }
 
 // formatSize renders bytes in binary units, exactly.

@@ -84,6 +84,7 @@ func (ps *processes) start(cmd *exec.Cmd, sink func([]byte)) (*process, error) {
 	if err != nil {
 		return nil, infra(err)
 	}
+	widen(r)
 	cmd.Stdout, cmd.Stderr = w, w
 	cmd, err = ps.begin(cmd)
 	closeAll(w)

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	pumpBuffer = 64 << 10
+	pumpBuffer = 256 << 10
 	// flushEvery is how long a busy output is gathered: a line is seen within
 	// it, and the rate of events per output is bounded by it.
 	flushEvery = 5 * time.Millisecond

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/encoding/proto"
 
 	"github.com/solstice-ci/solstice-go/solstice/api/agentv1"
 )
@@ -16,7 +18,7 @@ import (
 const (
 	// windowBytes of the journal may be on their way unacknowledged: enough to
 	// fill any link, little enough that heartbeats are not stuck behind it.
-	windowBytes = 4 << 20
+	windowBytes = 8 << 20
 	// startBytes is the window of a fresh stream, which grows with every ack: a
 	// line that is cut again and again loses what it had in flight, so each
 	// stream first brings one batch home.
@@ -72,7 +74,7 @@ func (a *agent) attach(ctx context.Context, conn clientConn) (*session, error) {
 	}
 
 	var err error
-	if s.stream, err = agentv1.NewAgentServiceClient(conn).Attach(a.authorize(ctx)); err != nil {
+	if s.stream, err = agentv1.NewAgentServiceClient(conn).Attach(a.authorize(ctx), grpc.ForceCodecV2(batchCodec{encoding.GetCodecV2(proto.Name)})); err != nil {
 		return fail(err)
 	}
 	if err := s.hello(); err != nil && !errors.Is(err, io.EOF) { // of which Recv knows the reason
@@ -234,11 +236,14 @@ func (s *session) forget(seq int64) {
 	s.inflight = append(s.inflight[:0], s.inflight[n:]...)
 }
 
-// room says whether the window has some, and otherwise what to wait for.
-func (s *session) room() bool {
+// room is how large the next batch may be, 0 when the window is full.
+func (s *session) room() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.bytes < s.window
+	if s.bytes >= s.window {
+		return 0
+	}
+	return min(max(s.window/8, batchTarget), batchMost)
 }
 
 func (s *session) track(seq int64, size int) {
@@ -266,7 +271,7 @@ func (s *session) send(ctx context.Context) error {
 	}()
 	for {
 		// What is small and urgent goes first.
-		var m *agentv1.AttachRequest
+		var m any
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -276,9 +281,12 @@ func (s *session) send(ctx context.Context) error {
 			id++
 			m = heartbeat(id)
 		default:
-			var err error
-			if m, err = s.events(rd); err != nil {
+			b, err := s.events(rd)
+			if err != nil {
 				return err
+			}
+			if b != nil {
+				m = b
 			}
 		}
 		if m == nil {
@@ -301,23 +309,26 @@ func (s *session) send(ctx context.Context) error {
 				continue
 			}
 		}
-		if err := s.stream.Send(m); err != nil {
+		if err := s.stream.SendMsg(m); err != nil {
 			return err
 		}
 	}
 }
 
 // events gives the next batch, nil when there is none or the window is full.
-func (s *session) events(rd *reader) (*agentv1.AttachRequest, error) {
-	if rd == nil || !s.room() {
+func (s *session) events(rd *reader) (*batch, error) {
+	if rd == nil {
 		return nil, nil
 	}
-	b, size, err := rd.batch()
-	if err != nil || b == nil {
-		return nil, err
+	limit := s.room()
+	if limit == 0 {
+		return nil, nil
 	}
-	s.track(b.Events[len(b.Events)-1].GetSeq(), size)
-	return &agentv1.AttachRequest{Msg: &agentv1.AttachRequest_Events{Events: b}}, nil
+	b, err := rd.batch(limit)
+	if b != nil {
+		s.track(b.last, b.size)
+	}
+	return b, err
 }
 
 func confirmation(att string) *agentv1.AttachRequest {

@@ -68,6 +68,11 @@ func (s *spool) path(first int64) string {
 	return filepath.Join(s.dir, fmt.Sprintf("%016d.seg", first))
 }
 
+// fills says that n bytes would be the first to go to disk.
+func (s *spool) fills(n int) bool {
+	return len(s.segments)+len(s.overflow) == 0 && s.bytes > 0 && s.bytes+n > s.room
+}
+
 // append adds a record, which is the spool's from then on. The error is the disk's: the record was kept in memory
 // nevertheless if it is vital, and is lost otherwise.
 func (s *spool) append(rec []byte, vital bool) error {
@@ -201,7 +206,7 @@ type cursor struct {
 }
 
 // next returns the record after the last one; nil at the end of the spool. It
-// is valid until the next call.
+// must not be changed, and stays.
 func (c *cursor) next() (seq int64, rec []byte, err error) {
 	s := c.s
 	c.seq = max(c.seq, s.dropped)
@@ -238,6 +243,7 @@ func (c *cursor) next() (seq int64, rec []byte, err error) {
 		c.buf, c.off, c.at = rec, next, c.at+1
 		if c.at > c.seq+1 {
 			c.seq++
+			c.buf = nil // the caller's
 			return c.seq, rec, nil
 		}
 	}

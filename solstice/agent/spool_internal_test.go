@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"google.golang.org/grpc/encoding"
+	protocodec "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/solstice-ci/solstice-go/solstice/api/agentv1"
@@ -159,6 +161,31 @@ func newTestJournal(t *testing.T, maxBatch int, quota int64) *journal {
 	return j
 }
 
+// nextBatch reads a batch as the server does.
+func nextBatch(t *testing.T, r *reader, limit int) *agentv1.EventBatch {
+	t.Helper()
+	b, err := r.batch(limit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b == nil {
+		return nil
+	}
+	wire, err := batchCodec{encoding.GetCodecV2(protocodec.Name)}.Marshal(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m agentv1.AttachRequest
+	if err := proto.Unmarshal(wire.Materialize(), &m); err != nil {
+		t.Fatal(err)
+	}
+	events := m.GetEvents().GetEvents()
+	if n := proto.Size(m.GetEvents()); n != b.size || events[len(events)-1].GetSeq() != b.last {
+		t.Fatalf("a batch of %d bytes up to %d says %d bytes up to %d", n, events[len(events)-1].GetSeq(), b.size, b.last)
+	}
+	return m.GetEvents()
+}
+
 // TestJournalBatches: batches stay below what the server takes, and give every
 // event once.
 func TestJournalBatches(t *testing.T) {
@@ -176,10 +203,7 @@ func TestJournalBatches(t *testing.T) {
 		defer r.close()
 		var seq int64
 		for {
-			b, _, err := r.batch()
-			if err != nil {
-				t.Fatal(err)
-			}
+			b := nextBatch(t, r, 1<<20)
 			if b == nil {
 				break
 			}
@@ -213,10 +237,7 @@ func TestJournalQuota(t *testing.T) {
 		var tr *agentv1.Truncated
 		r := j.reader(0)
 		for {
-			b, _, err := r.batch()
-			if err != nil {
-				t.Fatal(err)
-			}
+			b := nextBatch(t, r, batchTarget)
 			if b == nil {
 				break
 			}

@@ -66,7 +66,10 @@ func (j *job) step(ctx context.Context, w *watch, i int, st *agentv1.Step) outco
 }
 
 func (j *job) sink(i int) func([]byte) {
-	return func(b []byte) { j.journal.log(int32(i), agentv1.Fd_FD_STDOUT, b) }
+	return func(b []byte) {
+		j.journal.room(len(b))
+		j.journal.log(int32(i), agentv1.Fd_FD_STDOUT, b)
+	}
 }
 
 // startError tells a script that cannot run from a machine that cannot run
