@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -37,7 +38,6 @@ type session struct {
 	// the store even if the connection is cut meanwhile. Without that an agent
 	// behind a bad line would send the same bytes for ever.
 	work    context.Context
-	cut     bool // the stream is over; the loop's
 	done    chan struct{}
 	in      chan *agentv1.AttachRequest
 	assign  chan store.Claimed
@@ -50,14 +50,18 @@ type session struct {
 	run       *store.Run
 	spec      *agentv1.JobSpec
 	confirmed bool
-	acked     int64
+	stored    int64 // seq of the last event that is in the log, and on its way to the database
 	logSize   int64
 	steps     map[int]*store.Step
+	resume    *resume
 
 	// For other goroutines: ref mirrors attempt, idle says that the agent is
 	// attached and has none.
 	ref  atomic.Pointer[store.AttemptRef]
 	idle atomic.Bool
+
+	sending sync.Mutex // a stream has one sender at a time
+	cut     bool       // the stream is over; under sending
 }
 
 // attach serves one stream. An agent that attaches anew replaces its older
@@ -77,7 +81,9 @@ func (e *Engine) attach(stream agentStream, m *store.Machine) error {
 		e: e, stream: stream, machine: m, ctx: ctx, cancel: cancel, work: context.WithoutCancel(ctx), done: make(chan struct{}),
 		in: make(chan *agentv1.AttachRequest, 8), assign: make(chan store.Claimed, 1), cancels: make(chan string, 1), steps: map[int]*store.Step{},
 	}
+	s.resume = newResume(s)
 	defer close(s.done)
+	defer func() { _ = s.resume.wait() }() // its failure was told
 	s.heard()
 	if err := e.register(s); err != nil {
 		return err
@@ -255,6 +261,7 @@ func (s *session) loop(recvErr <-chan error) error {
 			}
 		case reason := <-s.cancels:
 			err = s.sendCancel(reason)
+		case err = <-s.resume.failed:
 		case <-resend.C:
 			if s.attempt != nil && !s.confirmed {
 				err = s.sendAssign()
@@ -268,7 +275,9 @@ func (s *session) loop(recvErr <-chan error) error {
 
 // drain handles what was received before the stream ended.
 func (s *session) drain() {
+	s.sending.Lock()
 	s.cut = true
+	s.sending.Unlock()
 	for {
 		select {
 		case m := <-s.in:
@@ -288,13 +297,16 @@ func (s *session) take(a *store.Attempt, j *store.Job, r *store.Run) error {
 		return err
 	}
 	s.attempt, s.job, s.run, s.spec = a, j, r, spec
-	s.acked, s.logSize = a.AckedSeq, a.LogSize
+	s.stored, s.logSize = a.AckedSeq, a.LogSize
+	s.resume.moved(a.AckedSeq)
 	s.idle.Store(false)
 	s.ref.Store(&store.AttemptRef{ID: a.ID, Epoch: a.Epoch})
 	return nil
 }
 
 func (s *session) send(m *agentv1.AttachResponse) error {
+	s.sending.Lock()
+	defer s.sending.Unlock()
 	if s.cut {
 		return nil // the agent asks again when it is back
 	}
@@ -325,6 +337,9 @@ func (s *session) sendCancel(reason string) error {
 	}}})
 }
 
+// groupBytes of a journal share one durable write, if that much waits.
+const groupBytes = 2 << 20
+
 // handle processes one message and, for a journal, all batches that wait
 // behind it, so that they share one durable write. over: the journal ended.
 func (s *session) handle(m *agentv1.AttachRequest) (over bool, err error) {
@@ -346,7 +361,7 @@ func (s *session) handle(m *agentv1.AttachRequest) (over bool, err error) {
 				return false, status.Error(codes.FailedPrecondition, "journal without an attempt")
 			}
 			events := msg.Events.GetEvents()
-			for size := proto.Size(m); len(events) < 256 && size < maxEventBytes; {
+			for size := proto.Size(m); len(events) < 256 && size < groupBytes; {
 				select {
 				case next = <-s.in:
 					if ev := next.GetEvents(); ev != nil {
@@ -406,9 +421,13 @@ func (s *session) moment(ev *agentv1.Event) int64 {
 }
 
 // collect validates events and gathers what has to be stored. Events that are
-// acknowledged already are skipped; a gap is refused.
+// stored already are skipped; a gap is refused.
 func (s *session) collect(events []*agentv1.Event) (*batch, error) {
-	b := &batch{last: s.acked, off: s.logSize}
+	b := &batch{last: s.stored, off: s.logSize}
+	size := 0
+	for _, ev := range events {
+		size += len(ev.GetLog().GetData())
+	}
 	touched := map[int]bool{}
 	for _, ev := range events {
 		if ev.GetSeq() <= b.last {
@@ -431,9 +450,12 @@ func (s *session) collect(events []*agentv1.Event) (*batch, error) {
 				continue
 			}
 			b.marks = append(b.marks, logstream.Mark{Offset: l.GetLogOffset(), Time: time.UnixMicro(s.moment(ev)), Step: int(l.GetStep()), FD: int(l.GetFd())})
-			if b.data == nil {
+			switch {
+			case b.data == nil && len(l.GetData()) == size:
 				b.data = l.GetData() // the message is ours: the common single chunk is not copied
-			} else {
+			case b.data == nil:
+				b.data = append(make([]byte, 0, size), l.GetData()...)
+			default:
 				b.data = append(b.data, l.GetData()...)
 			}
 		case *agentv1.Event_StepStarted:
@@ -491,8 +513,8 @@ func resultName(r agentv1.Result) string {
 	return string(store.JobFailed)
 }
 
-// journal stores events and acknowledges them: log bytes first, then, in one
-// transaction, the resume point with the steps, or the end of the job.
+// journal stores events and has them acknowledged: log bytes first, then, in
+// one transaction, the resume point with the steps, or the end of the job.
 func (s *session) journal(events []*agentv1.Event) (over bool, err error) {
 	e, ref := s.e, *s.ref.Load()
 	ctx, cancel := s.bounded()
@@ -501,7 +523,7 @@ func (s *session) journal(events []*agentv1.Event) (over bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if b.last == s.acked {
+	if b.last == s.stored {
 		return false, s.ack()
 	}
 	size := b.off + int64(len(b.data))
@@ -514,29 +536,27 @@ func (s *session) journal(events []*agentv1.Event) (over bool, err error) {
 			return false, s.logError(err)
 		}
 	}
-	if b.finished != nil {
-		if err := s.finish(ctx, b, size); err != nil {
-			return false, err
-		}
-		s.acked, s.logSize = b.last, size
-		return true, s.ack()
+	s.stored, s.logSize = b.last, size
+	if b.finished == nil {
+		s.resume.put(b.last, size, b.steps)
+		return false, nil
 	}
-	if err := e.store.Progress(ctx, ref, b.last, size, b.steps); err != nil {
+	if err := s.resume.wait(); err != nil {
 		return false, err
 	}
-	s.acked, s.logSize = b.last, size
-	if len(b.steps) > 0 {
-		e.hub.notify(s.attempt.ID)
-		e.hub.notify(s.run.ID)
+	if err := s.finish(ctx, b, size); err != nil {
+		return false, err
 	}
-	return false, s.ack()
+	s.resume.moved(b.last)
+	return true, s.ack()
 }
 
 // quotaSlack is what an agent may add to a full log: the line that says so.
 const quotaSlack = 64 << 10
 
+// ack tells the agent what is durable.
 func (s *session) ack() error {
-	return s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Ack{Ack: &agentv1.Ack{Seq: s.acked}}})
+	return s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Ack{Ack: &agentv1.Ack{Seq: s.resume.durable()}}})
 }
 
 func (s *session) logError(err error) error {
