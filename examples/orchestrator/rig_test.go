@@ -68,7 +68,7 @@ func build(name string, flags ...string) (string, error) {
 }
 
 // command has the search path and nothing else of the environment.
-func command(t *testing.T, args ...string) *exec.Cmd {
+func command(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
 	exe, err := binary()
 	if err != nil {
@@ -85,7 +85,7 @@ func commandOf(exe string, args ...string) *exec.Cmd {
 
 // process is a daemon that runs.
 type process struct {
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	cmd     *exec.Cmd
 	grpc    string
@@ -97,7 +97,7 @@ type process struct {
 }
 
 // start runs a daemon on free ports; args win.
-func start(t *testing.T, dir string, args ...string) *process {
+func start(t testing.TB, dir string, args ...string) *process {
 	t.Helper()
 	exe, err := binary()
 	if err != nil {
@@ -115,7 +115,7 @@ func start(t *testing.T, dir string, args ...string) *process {
 }
 
 // launch is start without waiting for anything.
-func launch(t *testing.T, exe, dir string, args ...string) *process {
+func launch(t testing.TB, exe, dir string, args ...string) *process {
 	t.Helper()
 	o := &process{t: t, dir: dir, started: make(chan struct{}), ended: make(chan struct{})}
 	o.cmd = commandOf(exe, append([]string{
@@ -211,7 +211,7 @@ func (o *process) client() (pb.OrchestratorServiceClient, context.Context) {
 	return pb.NewOrchestratorServiceClient(o.conn()), as(o.t, o.adminToken())
 }
 
-func as(t *testing.T, token string) context.Context {
+func as(t testing.TB, token string) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)
@@ -237,7 +237,7 @@ func (o *process) get(path string) (int, string) {
 }
 
 // repository makes one with a workflow, and gives its name and commit.
-func repository(t *testing.T, workflow string) (*pb.Repo, string) {
+func repository(t testing.TB, workflow string) (*pb.Repo, string) {
 	t.Helper()
 	dir := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(dir, ".solstice"), 0o755); err != nil {
@@ -263,7 +263,7 @@ func repository(t *testing.T, workflow string) (*pb.Repo, string) {
 }
 
 // submit accepts the one run of a repository's workflow.
-func submit(ctx context.Context, t *testing.T, c pb.OrchestratorServiceClient, workflow string) *pb.Run {
+func submit(ctx context.Context, t testing.TB, c pb.OrchestratorServiceClient, workflow string) *pb.Run {
 	t.Helper()
 	repo, commit := repository(t, workflow)
 	resp, err := c.Submit(ctx, &pb.SubmitRequest{Repo: repo, Commit: commit, Ref: "refs/heads/main"})
@@ -274,7 +274,7 @@ func submit(ctx context.Context, t *testing.T, c pb.OrchestratorServiceClient, w
 }
 
 // over watches a run to its end.
-func over(ctx context.Context, t *testing.T, c pb.OrchestratorServiceClient, id string) *pb.Run {
+func over(ctx context.Context, t testing.TB, c pb.OrchestratorServiceClient, id string) *pb.Run {
 	t.Helper()
 	stream, err := c.WatchRun(ctx, &pb.WatchRunRequest{RunId: id})
 	if err != nil {
@@ -294,7 +294,7 @@ func over(ctx context.Context, t *testing.T, c pb.OrchestratorServiceClient, id 
 }
 
 // tail reads a log until enough says so, or its end.
-func tail(ctx context.Context, t *testing.T, c pb.OrchestratorServiceClient, r *pb.TailLogRequest, enough func([]byte) bool) []byte {
+func tail(ctx context.Context, t testing.TB, c pb.OrchestratorServiceClient, r *pb.TailLogRequest, enough func([]byte) bool) []byte {
 	t.Helper()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
