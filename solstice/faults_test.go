@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -197,6 +198,40 @@ jobs:
 	same(job(t, again, "a").ID)
 	stop()
 	p.destroyAll(t) // warm machines wait for an engine that serves them
+}
+
+// TestStreamIsCut has every connection of the agent cut after 64 KiB: a log of any
+// bytes arrives as it was printed, and the job runs once.
+func TestStreamIsCut(t *testing.T) {
+	p := newPlant(t, testenv.SQLite(t))
+	addr := freeAddr(t)
+	p.Contacts = []string{cutting(t, addr, 64<<10)}
+	want := make([]byte, 1<<20)
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(want) // no text, and lines of any length
+	printed := filepath.Join(p.Dir, "printed")
+	if err := os.WriteFile(printed, want, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eng, _ := p.start(t, func(c *solstice.Config) { c.AgentAddr = addr })
+	r := finish(t, eng, p.submit(t, eng, "jobs: { a: { checkout: false, steps: [ { run: cat "+printed+" } ] } }\n").ID)
+	if r.State != solstice.RunSucceeded || r.Jobs[0].Attempts != 1 {
+		t.Errorf("run is %s after %d attempts: %s", r.State, r.Jobs[0].Attempts, r.Jobs[0].Reason)
+	}
+	if got := jobLog(t, eng, r.Jobs[0].ID); got != string(want) {
+		t.Errorf("the log differs: %d bytes, want %d", len(got), len(want))
+	}
+}
+
+// TestSilentJob: a job that prints nothing for longer than the agent deadline and
+// the lease is not given up, since its agent is in contact.
+func TestSilentJob(t *testing.T) {
+	p := newPlant(t, testenv.SQLite(t))
+	p.Timing.AgentDeadline, p.Timing.DeadlineMargin = 2*time.Second, 500*time.Millisecond
+	eng, _ := p.start(t)
+	r := finish(t, eng, p.submit(t, eng, "jobs: { a: { checkout: false, steps: [ { run: sleep 6; echo over } ] } }\n").ID)
+	if r.State != solstice.RunSucceeded || r.Jobs[0].Attempts != 1 || jobLog(t, eng, r.Jobs[0].ID) != "over\n" {
+		t.Errorf("run is %s after %d attempts: %s", r.State, r.Jobs[0].Attempts, r.Jobs[0].Reason)
+	}
 }
 
 // TestHandOver stops an engine in an orderly way: its job goes on and finishes

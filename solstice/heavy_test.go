@@ -34,18 +34,20 @@ func rss(pid int) int64 {
 // TestHeavyOutput runs jobs that print without end, or without a line break:
 // memory stays flat in agent and engine, the quota holds and can be seen.
 func TestHeavyOutput(t *testing.T) {
-	seconds, bytesOfLine := 60, 200<<20
+	seconds, bytesOfLine, endless := 60, 200<<20, 1<<30
 	if testing.Short() {
-		seconds, bytesOfLine = 5, 40<<20
+		seconds, bytesOfLine, endless = 5, 40<<20, 100<<20
 	}
+	line := func(n int) string { return fmt.Sprintf("head -c %d /dev/zero | tr '\\\\0' x", n) }
 	for name, c := range map[string]struct {
 		script    string
 		quota     int64
 		truncated bool
 		size      int64
 	}{
-		"yes":       {script: fmt.Sprintf("timeout %d yes || true", seconds), quota: 16 << 20, truncated: true},
-		"long line": {script: fmt.Sprintf("head -c %d /dev/zero | tr '\\\\0' x", bytesOfLine), quota: 256 << 20, size: int64(bytesOfLine)},
+		"yes":                {script: fmt.Sprintf("timeout %d yes || true", seconds), quota: 16 << 20, truncated: true},
+		"long line":          {script: line(bytesOfLine), quota: 256 << 20, size: int64(bytesOfLine)},
+		"line of a gigabyte": {script: line(endless), quota: 64 << 20, truncated: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPlant(t, testenv.SQLite(t))
