@@ -53,6 +53,7 @@ type session struct {
 	stored    int64 // seq of the last event that is in the log, and on its way to the database
 	logSize   int64
 	steps     map[int]*store.Step
+	buf       []byte // of log that comes in several events, while much does
 	resume    *resume
 
 	// For other goroutines: ref mirrors attempt, idle says that the agent is
@@ -454,7 +455,10 @@ func (s *session) collect(events []*agentv1.Event) (*batch, error) {
 			case b.data == nil && len(l.GetData()) == size:
 				b.data = l.GetData() // the message is ours: the common single chunk is not copied
 			case b.data == nil:
-				b.data = append(make([]byte, 0, size), l.GetData()...)
+				if cap(s.buf) < size {
+					s.buf = make([]byte, 0, size)
+				}
+				b.data = append(s.buf[:0], l.GetData()...)
 			default:
 				b.data = append(b.data, l.GetData()...)
 			}
@@ -535,6 +539,9 @@ func (s *session) journal(events []*agentv1.Event) (over bool, err error) {
 		if _, err := e.logs.Append(ctx, s.attempt.LogStream, logstream.AppendOptions{Epoch: ref.Epoch, Marks: b.marks}, b.off, b.data); err != nil {
 			return false, s.logError(err)
 		}
+	}
+	if len(b.data) < cap(s.buf)/8 {
+		s.buf = nil
 	}
 	s.stored, s.logSize = b.last, size
 	if b.finished == nil {

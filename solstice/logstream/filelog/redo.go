@@ -34,10 +34,13 @@ const (
 	redoRemove = 'r'
 )
 
-// buffers are reused for the records of appends, unless they are huge.
+// buffers are reused for the records of appends, unless they are small or huge.
 var buffers sync.Pool
 
-const maxPooled = 4 << 20
+const (
+	minPooled = 32 << 10
+	maxPooled = 4 << 20
+)
 
 // encode puts the change into the journal's form, a record, which also copies
 // the bytes so that the caller of Append has them back whenever it returns.
@@ -46,12 +49,15 @@ func (c *commit) encode() {
 	c.redo = redo{name: c.st.name, remove: c.remove, dataAt: cur.size, indexAt: cur.indexSize, index: c.idx, data: c.data}
 	size := record.HeaderSize + len(c.data) + len(c.idx) + len(c.st.name) + 40
 	var b []byte
-	if p, _ := buffers.Get().(*[]byte); p != nil && cap(*p) >= size {
-		b = (*p)[:record.HeaderSize]
-	} else {
-		b = make([]byte, record.HeaderSize, size)
+	if size >= minPooled {
+		if p, _ := buffers.Get().(*[]byte); p != nil {
+			b = *p
+		}
 	}
-	b = c.redo.encode(b)
+	if cap(b) < size {
+		b = make([]byte, 0, size)
+	}
+	b = c.redo.encode(b[:record.HeaderSize])
 	record.Header(b)
 	c.redo.data = b[len(b)-len(c.data):]
 	c.rec, c.data = b, nil
@@ -59,7 +65,7 @@ func (c *commit) encode() {
 
 // free gives the record's buffer back.
 func (c *commit) free() {
-	if b := c.rec; cap(b) <= maxPooled {
+	if b := c.rec; cap(b) >= minPooled && cap(b) <= maxPooled {
 		buffers.Put(&b)
 	}
 	c.redo.data, c.rec = nil, nil
