@@ -50,7 +50,7 @@ func BenchmarkLogPath(b *testing.B) {
 	for _, streams := range []int{1, 4} {
 		b.Run(fmt.Sprintf("%dstreams", streams), func(b *testing.B) {
 			file, lines := fileOfLines(b, 192<<20/streams)
-			eng, p := benchPlant(b, streams)
+			eng, p := benchPlant(b, streams, false)
 			var w strings.Builder
 			w.WriteString("checkout: false\njobs:\n")
 			for i := range streams {
@@ -84,7 +84,7 @@ func BenchmarkLogPath(b *testing.B) {
 // BenchmarkIdleLine measures one line at a time: from its writing, into the pipe
 // that a step prints, until a follower has it.
 func BenchmarkIdleLine(b *testing.B) {
-	eng, p := benchPlant(b, 1)
+	eng, p := benchPlant(b, 1, false)
 	fifo := filepath.Join(b.TempDir(), "lines")
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		b.Fatal(err)

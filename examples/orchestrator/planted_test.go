@@ -65,11 +65,11 @@ func plant(t *testing.T, name string, edits ...edit) (string, error) {
 var (
 	slowCommit = edit{
 		file: "../../solstice/session.go",
-		old: `	if b.finished != nil {
-		if err := s.finish(`,
+		old: `	s.stored, s.logSize = b.last, size
+`,
 		new: `	time.Sleep(100 * time.Millisecond)
-	if b.finished != nil {
-		if err := s.finish(`,
+	s.stored, s.logSize = b.last, size
+`,
 	}
 	ackBeforeCommit = edit{
 		file: "../../solstice/session.go",
