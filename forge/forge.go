@@ -264,6 +264,13 @@ type HeadLister interface {
 	Heads(ctx context.Context, repo Repo) (map[string]string, error)
 }
 
+// StatusForgetter is implemented by drivers that keep statuses themselves.
+type StatusForgetter interface {
+	// ForgetStatuses removes what stands beside a commit; nothing there is no
+	// error, nor is a repository that is gone.
+	ForgetStatuses(ctx context.Context, repo Repo, commit string) error
+}
+
 // As returns f as the optional interface T. A wrapper answers for what it
 // wraps through a method As(target any) bool, which gets a *T to fill in.
 func As[T any](f Forge) (T, bool) {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/solstice-ci/solstice-go/blobstore"
 	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/solstice/logstream"
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -80,13 +81,16 @@ type Config struct {
 	DrainTimeout time.Duration
 	// Timing of leases and deadlines; the zero value is right outside tests.
 	Timing Timing
+	// Retention says how long runs, logs and what else piles up is kept.
+	Retention Retention
 	// StatusPrefix begins the key of every commit status; empty: "solstice".
 	StatusPrefix string
 	// TargetURL gives the link of a status; nil: none. jobID is empty for the
 	// run's own status.
 	TargetURL func(runID, jobID string) string
 
-	protocols protocols // of agents
+	protocols protocols   // of agents
+	clock     store.Clock // nil: the default
 }
 
 // Timing holds the engine's clocks. Fields that are zero get the default.
@@ -109,6 +113,8 @@ type Timing struct {
 	// HoldTimeout is how long a retry waits for the destruction of the lost
 	// attempt's machine when its provider cannot be reached. 30 min.
 	HoldTimeout time.Duration
+	// Collect is how often what Retention lets go is removed. 5 min.
+	Collect time.Duration
 }
 
 // AgentTLS is how an engine proves itself to agents: a certificate for
@@ -162,6 +168,7 @@ func (t *Timing) fill() {
 	orDefault(&t.Tick, 5*time.Second)
 	orDefault(&t.Boot, 5*time.Minute)
 	orDefault(&t.HoldTimeout, 30*time.Minute)
+	orDefault(&t.Collect, 5*time.Minute)
 }
 
 // fill checks a configuration and replaces zero values; all problems are
@@ -197,6 +204,9 @@ func (c *Config) fill() error {
 	orDefault(&c.StatusPrefix, "solstice")
 	orDefault(&c.protocols, protocolsSpoken)
 	c.Timing.fill()
+	if err := c.Retention.fill(); err != nil {
+		errs = append(errs, err)
+	}
 	for name, f := range c.Forges {
 		if f == nil {
 			errs = append(errs, fmt.Errorf("solstice: Config.Forges[%q] is nil", name))

@@ -96,6 +96,9 @@ func (e *Engine) Rerun(ctx context.Context, runID string, o RerunOptions) (Run, 
 	if err != nil {
 		return Run{}, e.publicError("run "+runID, err)
 	}
+	if old.Retention == store.RunGoing {
+		return Run{}, e.publicError("run "+runID, store.ErrRemoved)
+	}
 	if !old.State.Terminal() {
 		return Run{}, fmt.Errorf("%w: run %s is %s: cancel it first", ErrOver, runID, old.State)
 	}
@@ -153,6 +156,9 @@ func (e *Engine) Rerun(ctx context.Context, runID string, o RerunOptions) (Run, 
 		}
 		return e.GetRun(ctx, first.ID)
 	}
+	if errors.Is(err, store.ErrRemoved) {
+		return Run{}, e.publicError("run "+runID, err)
+	}
 	if err != nil {
 		return Run{}, fmt.Errorf("solstice: accept rerun: %w", err)
 	}
@@ -182,6 +188,9 @@ func applyDecisions(run *store.Run, jobs []*store.Job) {
 // GetRun gives a run with its jobs; unknown wraps ErrNotFound.
 func (e *Engine) GetRun(ctx context.Context, runID string) (Run, error) {
 	r, err := e.store.Run(ctx, runID)
+	if err == nil && r.Retention == store.RunGoing {
+		err = store.ErrRemoved
+	}
 	if err != nil {
 		return Run{}, e.publicError("run "+runID, err)
 	}
@@ -275,6 +284,25 @@ func (e *Engine) Attempts(ctx context.Context, jobID string) ([]Attempt, error) 
 	return out, nil
 }
 
+// LogAttempts lists the attempts whose logs are a job's, first one first: its
+// own, or, where it keeps the result of an earlier run's job, that one's. Those
+// that went with the earlier run wrap ErrRemoved.
+func (e *Engine) LogAttempts(ctx context.Context, jobID string) ([]Attempt, error) {
+	j, err := e.store.Job(ctx, jobID)
+	if err != nil {
+		return nil, e.publicError("job "+jobID, err)
+	}
+	return e.logAttempts(ctx, j)
+}
+
+func (e *Engine) logAttempts(ctx context.Context, j *store.Job) ([]Attempt, error) {
+	attempts, err := e.Attempts(ctx, firstOf(j.CopiedFrom, j.ID))
+	if err == nil && len(attempts) == 0 && j.CopiedFrom != "" && j.AttemptID != "" {
+		err = e.publicError("log of job "+j.ID+", made by job "+j.CopiedFrom+" of an earlier run", store.ErrRemoved)
+	}
+	return attempts, err
+}
+
 // Attempt gives one attempt; unknown wraps ErrNotFound.
 func (e *Engine) Attempt(ctx context.Context, attemptID string) (Attempt, error) {
 	a, err := e.store.Attempt(ctx, attemptID)
@@ -299,6 +327,8 @@ func (e *Engine) Steps(ctx context.Context, attemptID string) ([]Step, error) {
 
 func (e *Engine) publicError(what string, err error) error {
 	switch {
+	case errors.Is(err, store.ErrRemoved):
+		return fmt.Errorf("%w: %s", ErrRemoved, what)
 	case errors.Is(err, store.ErrNotFound):
 		return fmt.Errorf("%w: %s", ErrNotFound, what)
 	case errors.Is(err, ErrOver), errors.Is(err, ErrInvalid): // said in full already

@@ -89,7 +89,7 @@ func New(cfg Config) (*Engine, error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	if e.store, err = store.New(ctx, cfg.DB, store.Options{Changed: e.statuses}); err != nil {
+	if e.store, err = store.New(ctx, cfg.DB, store.Options{Changed: e.statuses, Clock: cfg.clock}); err != nil {
 		return nil, fmt.Errorf("solstice: open state: %w", err)
 	}
 	if e.logs = cfg.Logs; e.logs == nil {
@@ -167,6 +167,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	}
 	start(e.renewLoop)
 	start(e.reapLoop)
+	start(e.collectLoop)
 	start(e.relayLoop)
 	start(e.wakes.loop)
 	for _, p := range e.pools {

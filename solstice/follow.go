@@ -3,6 +3,7 @@ package solstice
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"time"
 
@@ -52,21 +53,26 @@ func (e *Engine) Watch(ctx context.Context, runID string) iter.Seq2[Run, error] 
 
 // Log yields an attempt's log from a byte offset and follows it until the
 // attempt is over and all of it was yielded. The error comes with the last
-// pair; an unknown attempt wraps ErrNotFound.
+// pair; an unknown attempt wraps ErrNotFound, a log that retention has removed,
+// also while it is read, ErrRemoved.
 func (e *Engine) Log(ctx context.Context, attemptID string, from int64) iter.Seq2[logstream.Chunk, error] {
 	return func(yield func(logstream.Chunk, error) bool) {
 		a, err := e.store.Attempt(ctx, attemptID)
+		if err == nil && AttemptState(a.State).Terminal() {
+			err = e.logKept(ctx, a)
+		}
 		if err != nil {
 			yield(logstream.Chunk{}, e.publicError("attempt "+attemptID, err))
 			return
 		}
-		ctx, cancel := context.WithCancel(ctx)
+		ctx, cancel := context.WithCancelCause(ctx)
 		ended := make(chan struct{})
-		go func() { defer close(ended); e.sealWhenLost(ctx, a.ID) }()
-		defer func() { cancel(); <-ended }()
+		go func() { defer close(ended); cancel(e.attendLog(ctx, a.ID)) }()
+		defer func() { cancel(nil); <-ended }()
 		for c, err := range e.logs.Tail(ctx, a.LogStream, from) {
-			if errors.Is(err, logstream.ErrNotFound) {
-				err = e.publicError("log of attempt "+attemptID, store.ErrNotFound)
+			if err != nil && (errors.Is(err, logstream.ErrNotFound) || errors.Is(context.Cause(ctx), store.ErrRemoved) ||
+				errors.Is(e.logKept(ctx, a), store.ErrRemoved)) {
+				err = e.publicError("log of attempt "+attemptID, store.ErrRemoved)
 			}
 			if !yield(c, err) || err != nil {
 				return
@@ -75,28 +81,63 @@ func (e *Engine) Log(ctx context.Context, attemptID string, from int64) iter.Seq
 	}
 }
 
-// sealWhenLost makes sure that a log which nobody writes any more has an end:
-// the engine that gave the attempt up may have died before it sealed the log.
-func (e *Engine) sealWhenLost(ctx context.Context, attemptID string) {
+// logKept wraps ErrRemoved when the log of an attempt was removed.
+func (e *Engine) logKept(ctx context.Context, a *store.Attempt) error {
+	kept, err := e.store.RunRetention(ctx, a.RunID)
+	if errors.Is(err, store.ErrNotFound) || err == nil && !kept.HasLogs() {
+		return fmt.Errorf("%w: log of attempt %s", store.ErrRemoved, a.ID)
+	}
+	return err
+}
+
+// attendLog looks after a log that is read, until ctx ends or retention removes
+// the log: then it returns an error that wraps store.ErrRemoved, since a reader
+// would wait for the stream to come. And a log which nobody writes any more gets
+// its end: the engine that gave the attempt up may have died before it sealed
+// the log.
+func (e *Engine) attendLog(ctx context.Context, attemptID string) error {
 	changed, unsubscribe := e.hub.subscribe(attemptID)
 	defer unsubscribe()
 	tick := time.NewTicker(followTick)
 	defer tick.Stop()
-	for {
+	for sealed := false; ; {
 		a, err := e.store.Attempt(ctx, attemptID)
-		if err == nil && AttemptState(a.State).Terminal() {
-			if a.State == store.AttemptLost {
-				e.sealLost(ctx, a.LogStream, a.Epoch)
+		over := err == nil && AttemptState(a.State).Terminal()
+		switch {
+		case errors.Is(err, store.ErrNotFound):
+			return fmt.Errorf("%w: attempt %s", store.ErrRemoved, attemptID)
+		case over:
+			err := e.logKept(ctx, a)
+			if err == nil && a.State == store.AttemptLost && !sealed {
+				err, sealed = e.sealRead(ctx, a), true
 			}
-			return
+			if errors.Is(err, store.ErrRemoved) {
+				return err
+			}
 		}
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-changed:
 		case <-tick.C:
 		}
 	}
+}
+
+// sealRead is sealLost for a reader: a seal makes the log again that retention
+// has removed since we looked. So it looks again, and is brought to its end
+// even if nobody waits any more.
+func (e *Engine) sealRead(ctx context.Context, a *store.Attempt) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	e.sealLost(ctx, a.LogStream, a.Epoch)
+	err := e.logKept(ctx, a)
+	if errors.Is(err, store.ErrRemoved) {
+		if derr := e.logs.Delete(ctx, a.LogStream); derr != nil {
+			e.log.WarnContext(ctx, "removed log not deleted again", "stream", a.LogStream, "error", derr)
+		}
+	}
+	return err
 }
 
 // JobChunk is a piece of a job's log, or the boundary before an attempt's.
@@ -123,14 +164,13 @@ func (e *Engine) FollowJob(ctx context.Context, jobID string) iter.Seq2[JobChunk
 				yield(JobChunk{}, e.publicError("job "+jobID, err))
 				return
 			}
-			source := firstOf(job.CopiedFrom, jobID) // a kept result has its log where it was made
-			attempts, err := e.store.Attempts(ctx, source)
+			attempts, err := e.logAttempts(ctx, job)
 			if err != nil {
 				yield(JobChunk{}, err)
 				return
 			}
 			for ; next < len(attempts); next++ {
-				a := publicAttempt(attempts[next])
+				a := attempts[next]
 				if !yield(JobChunk{Attempt: a, Begin: true}, nil) {
 					return
 				}

@@ -62,7 +62,7 @@ func (e *Engine) lose(ctx context.Context, a *store.Attempt, class Class, reason
 // sealLost ends the log of an attempt that nobody writes any more.
 func (e *Engine) sealLost(ctx context.Context, stream string, epoch int64) {
 	err := e.logs.Seal(ctx, stream, logstream.SealOptions{Epoch: epoch, Size: -1})
-	if err != nil && !errors.Is(err, logstream.ErrSealed) {
+	if err != nil && !errors.Is(err, logstream.ErrSealed) && !errors.Is(err, logstream.ErrNotFound) { // retention was faster
 		e.log.WarnContext(ctx, "log of a lost attempt not sealed", "stream", stream, "error", err)
 	}
 }

@@ -18,17 +18,19 @@ type metrics struct {
 	ran     metric.Float64Histogram
 	lost    metric.Int64Counter
 	breaker metric.Int64Counter
+	removed metric.Int64Counter
 }
 
 func newMetrics(p metric.MeterProvider) (*metrics, error) {
 	m := p.Meter("github.com/solstice-ci/solstice-go/solstice")
 	var out metrics
-	var errs [5]error
+	var errs [6]error
 	out.jobs, errs[0] = m.Int64Counter("solstice.jobs", metric.WithDescription("jobs that reached a terminal state, by state"))
 	out.queued, errs[1] = m.Float64Histogram("solstice.job.queued", metric.WithUnit("s"), metric.WithDescription("time from queued to running"))
 	out.ran, errs[2] = m.Float64Histogram("solstice.job.duration", metric.WithUnit("s"), metric.WithDescription("time from running to the terminal state"))
 	out.lost, errs[3] = m.Int64Counter("solstice.attempts.lost", metric.WithDescription("attempts given up, by failure class"))
 	out.breaker, errs[4] = m.Int64Counter("solstice.reaper.breaker", metric.WithDescription("sweeps in which too many agents seemed dead at once"))
+	out.removed, errs[5] = m.Int64Counter("solstice.retention.removed", metric.WithDescription("what retention removed, by kind"))
 	return &out, errors.Join(errs[:]...)
 }
 
@@ -47,3 +49,7 @@ func (m *metrics) attemptLost(c Class) {
 }
 
 func (m *metrics) breakerTripped() { m.breaker.Add(context.Background(), 1) }
+
+func (m *metrics) retentionRemoved(kind string, n int64) {
+	m.removed.Add(context.Background(), n, metric.WithAttributes(attribute.String("kind", kind)))
+}

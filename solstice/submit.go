@@ -24,6 +24,8 @@ import (
 var (
 	// ErrNotFound: no such run, job or attempt.
 	ErrNotFound = errors.New("solstice: not found")
+	// ErrRemoved: it was there, and retention has removed it.
+	ErrRemoved = fmt.Errorf("%w, removed by retention", ErrNotFound)
 	// ErrNoWorkflow: the commit has no workflow file.
 	ErrNoWorkflow = errors.New("solstice: no workflow file")
 	// ErrInvalid: the request cannot be carried out as it is.

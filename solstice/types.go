@@ -96,7 +96,8 @@ type Run struct {
 	CreatedAt    time.Time             `json:"created_at"`
 	StartedAt    time.Time             `json:"started_at,omitzero"`
 	FinishedAt   time.Time             `json:"finished_at,omitzero"`
-	Jobs         []Job                 `json:"jobs,omitempty"` // in the plan's order; only where a method says so
+	LogsRemoved  bool                  `json:"logs_removed,omitempty"` // by retention
+	Jobs         []Job                 `json:"jobs,omitempty"`         // in the plan's order; only where a method says so
 }
 
 // Job is one node of a run's plan; a matrix makes several.
@@ -180,6 +181,7 @@ func publicRun(r *store.Run, jobs []*store.Job) Run {
 		Event: decode[forge.Event](r.Event).Kind, RerunOf: r.RerunOf,
 		Reason: r.Reason, Diagnostics: decode[[]workflow.Diagnostic](r.Diagnostics),
 		CreatedAt: timeOf(r.CreatedAt), StartedAt: timeOf(r.StartedAt), FinishedAt: timeOf(r.FinishedAt),
+		LogsRemoved: !r.Retention.HasLogs(),
 	}
 	for _, j := range jobs {
 		out.Jobs = append(out.Jobs, publicJob(j))

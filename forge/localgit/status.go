@@ -107,3 +107,29 @@ func syncDir(dir string) error {
 	}
 	return errors.Join(d.Sync(), d.Close())
 }
+
+// ForgetStatuses implements forge.StatusForgetter.
+func (f *Forge) ForgetStatuses(ctx context.Context, r forge.Repo, commit string) error {
+	if err := gitcmd.CheckObject(commit); err != nil {
+		return fmt.Errorf("%w: %w", forge.ErrInvalid, err)
+	}
+	repo, err := f.open(ctx, r)
+	repos := []repository{repo}
+	if errors.Is(err, forge.ErrNotFound) { // only what is kept elsewhere outlives it
+		repos, err = nil, nil
+		if f.statusDir != "" {
+			repos = []repository{{id: r.FullName()}, {id: r.FullName() + ".git"}}
+		}
+	}
+	if err != nil {
+		return err
+	}
+	for _, repo := range repos {
+		name := f.statuses(repo, commit)
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("localgit: forget statuses: %w", err)
+		}
+		_ = os.Remove(filepath.Dir(name)) // of the last commit; otherwise it is not empty
+	}
+	return nil
+}

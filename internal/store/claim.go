@@ -90,7 +90,7 @@ func (s *Store) claimOne(ctx context.Context, r ClaimRequest, ready []string) (*
 		a := &Attempt{
 			ID: attemptID, JobID: job.ID, RunID: job.RunID, Number: job.Attempts, State: AttemptAssigned,
 			Epoch: 1, Owner: r.Owner, LeaseUntil: now + micros(r.Lease), CreatedAt: now,
-			LogStream: fmt.Sprintf("runs/%s/jobs/%s/%d/log", job.RunID, job.ID, job.Attempts),
+			LogStream: fmt.Sprintf(streamPrefix+"%s/jobs/%s/%d/log", job.RunID, job.ID, job.Attempts),
 		}
 		c = &Claimed{Run: run, Job: job, Attempt: a}
 		if machine != nil {
@@ -132,6 +132,9 @@ func (s *Store) claimOne(ctx context.Context, r ClaimRequest, ready []string) (*
 	}
 	return c, rest, nil
 }
+
+// streamPrefix is what the names of logs begin with, before the run's ID.
+const streamPrefix = "runs/"
 
 // provision fills in a machine that is about to be created.
 func provision(m *Machine, r ClaimRequest, now int64, job *Job) {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/uptrace/bun"
 
@@ -113,11 +114,10 @@ func (r *logStream) fenced(epoch int64) error {
 // Fence implements bloblog.Index.
 func (x logIndex) Fence(ctx context.Context, stream string, epoch int64) (st bloblog.State, err error) {
 	err = sqldb.InTx(ctx, x.db, func(ctx context.Context, tx bun.Tx) error {
-		_, err := tx.NewInsert().Model(&logStream{Stream: stream, Epoch: epoch}).On("CONFLICT (stream) DO NOTHING").Exec(ctx)
-		if err != nil {
-			return fmt.Errorf("store: log index: %w", err)
-		}
 		r, err := logRow(ctx, tx, stream, true)
+		if errors.Is(err, logstream.ErrNotFound) {
+			r, err = newLogRow(ctx, tx, stream, epoch)
+		}
 		if err != nil {
 			return err
 		}
@@ -134,6 +134,31 @@ func (x logIndex) Fence(ctx context.Context, stream string, epoch int64) (st blo
 		return nil
 	})
 	return st, err
+}
+
+// newLogRow makes a stream, unless it is one of a run whose logs retention has
+// removed: what still writes then must not bring it back.
+func newLogRow(ctx context.Context, tx bun.Tx, stream string, epoch int64) (*logStream, error) {
+	if rest, ok := strings.CutPrefix(stream, streamPrefix); ok {
+		runID, _, _ := strings.Cut(rest, "/")
+		var kept Retention
+		q := tx.NewSelect().TableExpr("runs").Column("retention").Where("id = ?", runID)
+		if sqldb.IsPostgres(tx) {
+			q = q.For("SHARE") // the mark of a removal waits for us, or we see it
+		}
+		err := q.Scan(ctx, &kept)
+		if errors.Is(err, sql.ErrNoRows) || err == nil && !kept.HasLogs() {
+			return nil, fmt.Errorf("%w: %s was removed by retention", logstream.ErrNotFound, stream)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("store: log index: %w", err)
+		}
+	}
+	_, err := tx.NewInsert().Model(&logStream{Stream: stream, Epoch: epoch}).On("CONFLICT (stream) DO NOTHING").Exec(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("store: log index: %w", err)
+	}
+	return logRow(ctx, tx, stream, true)
 }
 
 // Add implements bloblog.Index.

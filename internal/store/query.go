@@ -177,7 +177,7 @@ func (s *Store) Runs(ctx context.Context, f RunFilter) ([]*Run, error) {
 }
 
 func runsQuery(db bun.IDB, f RunFilter, state RunState, out *[]*Run) *bun.SelectQuery {
-	q := db.NewSelect().Model(out).OrderBy("id", bun.OrderDesc).Limit(int64(f.Limit))
+	q := db.NewSelect().Model(out).Where(notGoing).OrderBy("id", bun.OrderDesc).Limit(int64(f.Limit))
 	for _, c := range []struct{ column, is string }{
 		{"forge", f.Forge}, {"repo_key", f.Repo}, {"state", string(state)}, {"commit", f.Commit}, {"ref", f.Ref},
 	} {
@@ -200,7 +200,7 @@ func (s *Store) RunsByPrefix(ctx context.Context, prefix string, limit int) ([]s
 }
 
 func runsByPrefix(db bun.IDB, prefix string, limit int) *bun.SelectQuery {
-	return db.NewSelect().Model((*Run)(nil)).Column("id").Where("id >= ? AND id < ?", prefix, prefix+"\x7f").
+	return db.NewSelect().Model((*Run)(nil)).Column("id").Where("id >= ? AND id < ?", prefix, prefix+"\x7f").Where(notGoing).
 		OrderBy("id", bun.OrderAsc).Limit(int64(limit))
 }
 

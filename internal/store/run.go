@@ -15,7 +15,8 @@ import (
 // InsertRun adds a run and its jobs with the states they have. CreatedAt,
 // Version, QueuedAt of queued jobs and FinishedAt of a run that is over are
 // filled in. A delivery or idempotency key that was used for the same workflow
-// before returns ErrDuplicate and changes nothing, as does a run ID.
+// before returns ErrDuplicate and changes nothing, as does a run ID; a rerun
+// of a run that is being removed returns ErrRemoved.
 func (s *Store) InsertRun(ctx context.Context, run *Run, jobs []*Job) error {
 	err := s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
 		run.CreatedAt, run.Version = now, 1
@@ -30,6 +31,9 @@ func (s *Store) InsertRun(ctx context.Context, run *Run, jobs []*Job) error {
 			if j.State.Terminal() && j.FinishedAt == 0 {
 				j.FinishedAt = now
 			}
+		}
+		if err := lockOrigins(ctx, tx, run, jobs); err != nil {
+			return err
 		}
 		if _, err := tx.NewInsert().Model(run).Exec(ctx); err != nil {
 			if sqldb.IsUnique(err) {

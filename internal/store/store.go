@@ -15,6 +15,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/uptrace/bun"
@@ -35,6 +36,8 @@ var (
 	ErrToken = errors.New("store: enrolment token not valid")
 	// ErrDuplicate: a run for this delivery or idempotency key and workflow exists.
 	ErrDuplicate = errors.New("store: duplicate run")
+	// ErrRemoved: retention has removed it, or is about to.
+	ErrRemoved = fmt.Errorf("%w, removed by retention", ErrNotFound)
 )
 
 // RunState of a run.
@@ -135,6 +138,7 @@ type Run struct {
 	CancelReason   string          // not empty: cancel was asked for
 	Trace          string          // W3C traceparent of the run's root span
 	Awaits         string          // not empty: why it needs an approval that it has not got
+	Retention      Retention       // how much of it is kept
 	Version        int64           // grows with every change
 	CreatedAt      int64
 	StartedAt      int64

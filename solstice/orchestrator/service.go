@@ -191,15 +191,7 @@ func (v *service) TailLog(r *pb.TailLogRequest, out grpc.ServerStreamingServer[p
 		}
 		return nil
 	}
-	job, err := v.e.Job(ctx, r.GetJobId())
-	if err != nil {
-		return err
-	}
-	source := job.ID
-	if job.CopiedFrom != "" {
-		source = job.CopiedFrom // a kept result has its log where it was made
-	}
-	attempts, err := v.e.Attempts(ctx, source)
+	attempts, err := v.e.LogAttempts(ctx, r.GetJobId())
 	if err != nil {
 		return err
 	}

@@ -483,7 +483,9 @@ func (s *Store) Stat(ctx context.Context, name string) (logstream.Info, error) {
 	return logstream.Info{Stream: name, Size: cur.Size, Epoch: cur.Epoch, Sealed: cur.Sealed, SHA256: cur.SHA256}, nil
 }
 
-// Delete implements logstream.Store.
+// Delete implements logstream.Store. The objects are found by their names as
+// well as in the index, so a repeat also removes what was left when an earlier
+// call, or a writer, was interrupted.
 func (s *Store) Delete(ctx context.Context, name string) error {
 	if err := logstream.ValidateStream(name); err != nil {
 		return err
@@ -492,17 +494,34 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 		if err := st.drain(ctx); err != nil {
 			return err
 		}
-		if _, err := s.index.Stat(ctx, name); errors.Is(err, logstream.ErrNotFound) {
-			return nil
+		// Before the index forgets the stream: what is stored later may be
+		// another's of the same name.
+		keys := map[string]bool{}
+		for info, err := range s.blobs.List(ctx, blobstore.ListOptions{Prefix: s.o.Prefix + name + "/="}) {
+			if err != nil {
+				return fmt.Errorf("bloblog: %s: %w", name, err)
+			}
+			keys[info.Key] = true
 		}
-		entries, err := s.index.Delete(ctx, name)
-		if err != nil {
+		_, err := s.index.Stat(ctx, name)
+		if err == nil {
+			var entries []Entry
+			if entries, err = s.index.Delete(ctx, name); err == nil {
+				s.forget(st)
+			}
+			for _, e := range entries {
+				keys[e.Key] = true
+			}
+		}
+		if err != nil && !errors.Is(err, logstream.ErrNotFound) {
 			return fmt.Errorf("bloblog: index: %w", err)
 		}
-		s.forget(st)
-		for _, e := range entries {
-			s.discard(ctx, e.Key)
+		var errs []error
+		for key := range keys {
+			if err := s.blobs.Delete(ctx, key, blobstore.DeleteOptions{}); err != nil {
+				errs = append(errs, fmt.Errorf("bloblog: %s: %w", name, err))
+			}
 		}
-		return nil
+		return errors.Join(errs...)
 	})
 }
