@@ -73,23 +73,26 @@ func (a *archive) open() *bun.DB {
 	return db
 }
 
-// engine makes one on a connection pool; logs replaces its log store.
+func (a *archive) clock(db *bun.DB) store.Clock {
+	return store.NewClock(db, store.ClockOptions{Offset: func() time.Duration { return time.Duration(a.offset.Load()) }})
+}
+
+// engine makes one on a connection pool; wrap replaces its log store.
 func (a *archive) engine(db *bun.DB, r Retention, wrap func(logstream.Store) logstream.Store) *Engine {
 	a.t.Helper()
-	e, err := New(Config{
-		DB: db, Queue: a.queue, Blobs: a.blobs, Retention: r, Forges: map[string]forge.Forge{"local": a.forge},
-		clock: store.NewClock(db, store.ClockOptions{Offset: func() time.Duration { return time.Duration(a.offset.Load()) }}),
-	})
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	own := e.logs
+	index, err := store.New(a.t.Context(), db, store.Options{})
+	a.must(err)
+	// As an engine makes it, but it waits for no company.
+	logs, err := bloblog.New(a.blobs, index.LogIndex(), bloblog.Options{Linger: -1, NoCompaction: true})
+	a.must(err)
+	cfg := Config{DB: db, Queue: a.queue, Logs: logs, Retention: r, Forges: map[string]forge.Forge{"local": a.forge}, clock: a.clock(db)}
 	if wrap != nil {
-		e.logs = wrap(e.logs)
+		cfg.Logs = wrap(logs)
 	}
+	e, err := New(cfg)
+	a.must(err)
 	a.t.Cleanup(func() {
-		e.logs = own
-		if err := e.Close(); err != nil {
+		if err := errors.Join(e.Close(), logs.Close()); err != nil {
 			a.t.Error(err)
 		}
 	})
@@ -354,6 +357,9 @@ func (b dyingBlobs) Delete(ctx context.Context, key string, o blobstore.DeleteOp
 func TestCollectorDiesAnywhere(t *testing.T) {
 	testenv.Databases(t, func(t *testing.T, url string) {
 		for _, half := range []bool{false, true} {
+			if half && sqldb.IsPostgres(newArchive(t, url).db) {
+				continue // says nothing of the database
+			}
 			a := newArchive(t, url)
 			e := a.engine(a.db, testRules, nil)
 			died := 0
@@ -365,13 +371,14 @@ func TestCollectorDiesAnywhere(t *testing.T) {
 				a.pass(30 * time.Hour)
 				m := &mortal{half: half}
 				m.left.Store(1 << 30)
-				db := a.open()
-				db = db.WithQueryHook(m)
-				victim := a.engine(db, testRules, nil)
-				logs, err := bloblog.New(dyingBlobs{a.blobs, m}, victim.store.LogIndex(), bloblog.Options{})
+				db := a.open().WithQueryHook(m)
+				state, err := store.New(t.Context(), db, store.Options{Clock: a.clock(db)})
+				a.must(err)
+				logs, err := bloblog.New(dyingBlobs{a.blobs, m}, state.LogIndex(), bloblog.Options{})
 				a.must(err)
 				m.Store = logs
-				victim.logs = m
+				// As much of an engine as a collector needs.
+				victim := &Engine{cfg: e.cfg, id: newID(), store: state, logs: m, log: e.log, metrics: e.metrics}
 				m.left.Store(at)
 				_, err = (&collector{e: victim}).pass(t.Context())
 				whole := m.left.Load() >= 0

@@ -38,6 +38,11 @@ type flags struct {
 	daemon.HTTP
 	daemon.AgentEndpoint
 	daemon.Runner
+	retention
+
+	Serve   struct{}     `cmd:"" default:"1" help:"Run; the default."`
+	Backup  backupFlags  `cmd:"" help:"Copy the state directory into one file, also while the orchestrator runs. The file holds secrets."`
+	Restore restoreFlags `cmd:"" help:"Make the state directory, which must not exist or be empty, of a backup."`
 
 	AutoMigrate    bool           `group:"Database" env:"AUTO_MIGRATE" help:"Bring PostgreSQL to this version's schema; SQLite always is."`
 	MTLSRole       string         `group:"gRPC" name:"mtls-role" env:"MTLS_ROLE" default:"read" enum:"none,read,write,admin" help:"What a client may whose certificate --grpc-tls-ca verified: none, read, write or admin."`
@@ -54,12 +59,18 @@ func main() {
 	agent.Hook() // the process pool starts this program again as its agent
 	daemon.Main(func(ctx context.Context) error {
 		var f flags
-		_, err := daemon.Parse(&f, daemon.Program{
+		cmd, err := daemon.Parse(&f, daemon.Program{
 			Name:        "solstice-orchestrator",
 			Description: "Runs CI jobs on throw-away machines. Its defaults need nothing but git; jobs are then processes of this machine, which isolates nothing.",
 		})
 		if err != nil {
 			return err
+		}
+		switch cmd.Command() {
+		case "backup <file>":
+			return f.backup(ctx)
+		case "restore <file>":
+			return f.restore(ctx)
 		}
 		return f.run(ctx)
 	})
@@ -123,6 +134,7 @@ func (f *flags) run(ctx context.Context) (err error) {
 
 	cfg := solstice.Config{
 		DB: db, Logger: log, MaxConcurrency: f.MaxConcurrency, DrainTimeout: f.DrainTimeout, AgentTLS: tls.agents,
+		Retention: f.retention.rules(),
 	}
 	if err := f.parts(ctx, db, dir, &cfg, &open); err != nil {
 		return err

@@ -65,7 +65,7 @@ func TestRules(t *testing.T) {
 			{"too many, and old ones among the newest", time.Minute, 4, 2, 0, 2},
 			{"too many and too old, of which more", 3*time.Hour + time.Minute, 2, 0, 0, 2},
 			{"too old and too many, of which more", 2*time.Hour + time.Minute, 4, 0, 0, 2},
-			{"more newest than there are", time.Minute, 0, 7, 0, 6},
+			{"more newest than there are", time.Minute, -1, 7, 0, 6},
 			{"none may be, but not so soon", 0, 0, 0, 2*time.Hour + time.Minute, 2},
 			{"old, but not so soon", time.Minute, -1, 0, 4*time.Hour + time.Minute, 4},
 			{"old, of which more are among the newest than so soon", time.Minute, -1, 3, 2*time.Hour + time.Minute, 3},

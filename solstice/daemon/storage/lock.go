@@ -11,8 +11,12 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
 )
 
+// ErrLocked: another process has the lock.
+var ErrLocked = errors.New("locked by another process")
+
 // Lock makes the caller the only one of that name in a state directory until it
-// is released or the process ends, however it ends.
+// is released or the process ends, however it ends. Where another one is, the
+// error wraps ErrLocked.
 func Lock(stateDir, name string) (release func() error, err error) {
 	path := filepath.Join(stateDir, name+".lock")
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
@@ -22,7 +26,7 @@ func Lock(stateDir, name string) (release func() error, err error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		_ = f.Close() // nothing was written
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = fmt.Errorf("%s is locked", path)
+			err = fmt.Errorf("%s: %w", path, ErrLocked)
 			return nil, &daemon.Problem{
 				What: "another " + name + " uses the state directory " + stateDir, Err: err, Advice: "stop it, or give this one a --state-dir of its own",
 			}
