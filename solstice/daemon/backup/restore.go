@@ -15,7 +15,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
@@ -255,9 +256,9 @@ func install(ctx context.Context, r io.Reader, stateDir string) (err error) {
 	if err := os.Remove(filepath.Join(stateDir, lockName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := os.Rename(work, stateDir); err != nil {
+	if err := unix.Rename(work, stateDir); err != nil { // os.Rename takes no directory's place
 		advice := "give --state-dir a new directory"
-		if errors.Is(err, syscall.EBUSY) || errors.Is(err, syscall.EXDEV) {
+		if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EXDEV) {
 			advice = "it is the root of a file system: give --state-dir a directory below it"
 		}
 		return problem("cannot put the state directory in its place", err, advice)
