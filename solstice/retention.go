@@ -123,6 +123,8 @@ type collector struct {
 	repos  []string  // to be looked at
 	heldAt time.Time // when the lease was renewed
 
+	failed map[string]error // runs that could not be removed in this pass, by ID
+
 	runs, logs, messages, objects int64 // removed in this pass
 	rest                          store.Removed
 }
@@ -157,7 +159,11 @@ func (c *collector) pass(ctx context.Context) (more bool, err error) {
 		return false, err
 	}
 	c.runs, c.logs, c.messages, c.objects, c.rest = 0, 0, 0, 0, store.Removed{}
+	c.failed = map[string]error{}
 	more, err = c.collect(ctx)
+	for id, ferr := range c.failed {
+		err = errors.Join(err, fmt.Errorf("run %s: %w", id, ferr))
+	}
 	after, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	err = errors.Join(err, c.e.store.Unlease(after, store.CollectorLease, c.e.id))
@@ -170,18 +176,25 @@ func (c *collector) pass(ctx context.Context) (more bool, err error) {
 }
 
 func (c *collector) collect(ctx context.Context) (more bool, err error) {
-	err = c.remove(ctx) // what an earlier pass marked
-	if derr := c.due(ctx); derr != nil {
-		return false, errors.Join(err, derr)
+	if err := c.remove(ctx); err != nil { // what an earlier pass marked
+		return false, err
 	}
-	for len(c.repos) > 0 && err == nil && !more {
-		more, err = c.repository(ctx, c.repos[0])
-		if err == nil && !more {
+	if err := c.due(ctx); err != nil {
+		return false, err
+	}
+	for len(c.repos) > 0 && !more && !c.stuck() {
+		if more, err = c.repository(ctx, c.repos[0]); err != nil {
+			return false, err
+		}
+		if !more && !c.stuck() {
 			c.repos = c.repos[1:]
 		}
 	}
-	return more, errors.Join(err, c.leftovers(ctx), c.letters(ctx))
+	return more, errors.Join(c.leftovers(ctx), c.letters(ctx))
 }
+
+// stuck says that it is not about single runs: no more are marked then.
+func (c *collector) stuck() bool { return len(c.failed) >= markBatch }
 
 // due adds the repositories in which something may go by now: where a run has
 // ended, which pushes others out, or has come of an age since the last time.
@@ -252,8 +265,8 @@ func (c *collector) repository(ctx context.Context, repo string) (more bool, err
 			if err := c.remove(ctx); err != nil {
 				return false, err
 			}
-			if c.runs+c.logs >= collectorRuns {
-				return true, nil
+			if c.runs+c.logs >= collectorRuns || c.stuck() {
+				return !c.stuck(), nil
 			}
 		}
 	}
@@ -263,20 +276,21 @@ func (c *collector) repository(ctx context.Context, repo string) (more bool, err
 // remove brings to its end what was marked. A run that cannot be removed now
 // does not keep the others; it is tried again in the next pass.
 func (c *collector) remove(ctx context.Context) error {
-	var errs []error
 	for after := ""; ; {
 		runs, err := c.e.store.Leaving(ctx, after, markBatch)
 		if err != nil || len(runs) == 0 {
-			return errors.Join(append(errs, err)...)
+			return err
 		}
 		for _, run := range runs {
 			after = run.ID
-			err := c.removeRun(ctx, run)
-			if errors.Is(err, errNotCollector) || ctx.Err() != nil {
-				return err
+			if c.failed[run.ID] != nil {
+				continue
 			}
-			if err != nil {
-				errs = append(errs, fmt.Errorf("run %s: %w", run.ID, err))
+			switch err := c.removeRun(ctx, run); {
+			case errors.Is(err, errNotCollector) || ctx.Err() != nil:
+				return errors.Join(err, ctx.Err())
+			case err != nil:
+				c.failed[run.ID] = err
 			}
 		}
 	}

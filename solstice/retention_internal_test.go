@@ -488,7 +488,7 @@ func TestReadersOfRemovedLogs(t *testing.T) {
 		}}
 		_, err = e.store.MarkLogs(t.Context(), "local/a", store.Rule{Most: 0}, 10)
 		a.must(err)
-		a.must((&collector{e: e}).remove(t.Context()))
+		a.must((&collector{e: e, failed: map[string]error{}}).remove(t.Context()))
 		if err := <-end; !errors.Is(err, ErrRemoved) || !strings.Contains(err.Error(), "removed by retention") {
 			t.Errorf("a follower ends with %v", err)
 		}
@@ -524,7 +524,7 @@ func TestReaderDoesNotBringALogBack(t *testing.T) {
 		if _, err := e.store.MarkLogs(t.Context(), "local/a", store.Rule{Most: 0}, 10); err != nil {
 			t.Error(err)
 		}
-		if err := (&collector{e: collects}).remove(t.Context()); err != nil {
+		if err := (&collector{e: collects, failed: map[string]error{}}).remove(t.Context()); err != nil {
 			t.Error(err)
 		}
 	}}
