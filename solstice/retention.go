@@ -132,8 +132,8 @@ type collector struct {
 // errNotCollector ends a pass whose lease went to another engine.
 var errNotCollector = errors.New("another engine has taken retention over")
 
-// hold renews the lease. Two collectors would do no harm; the lease saves the
-// work and keeps a backup's logs in place.
+// hold takes or renews the lease. Two collectors would do no harm; the lease
+// saves the work and keeps a backup's logs in place.
 func (c *collector) hold(ctx context.Context) error {
 	if time.Since(c.heldAt) < collectorTTL/4 {
 		return nil
@@ -451,8 +451,12 @@ func (c *collector) report(ctx context.Context) {
 		kind string
 		n    int64
 	}{
-		{"runs", c.runs}, {"logs", c.logs}, {"messages", c.messages + c.rest.Undelivered},
-		{"machines", c.rest.Machines}, {"objects", c.objects}, {"others", c.rest.Others},
+		{"runs", c.runs},
+		{"logs", c.logs},
+		{"messages", c.messages + c.rest.Undelivered},
+		{"machines", c.rest.Machines},
+		{"objects", c.objects}, // of the blob store, which nothing listed
+		{"others", c.rest.Others},
 	} {
 		if k.n > 0 {
 			c.e.metrics.retentionRemoved(k.kind, k.n)
