@@ -25,21 +25,12 @@ import (
 	"sync"
 	"time"
 
-	"github.com/uptrace/bun"
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/solstice/logstream"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/bloblog"
 )
-
-// ErrSchema: the database's schema is not this version's; the error says which
-// is older. New and Migrate wrap it.
-var ErrSchema = store.ErrSchema
-
-// Migrate brings a database to the schema of this version; it is safe to call
-// from several processes at once.
-func Migrate(ctx context.Context, db *bun.DB) error { return store.Migrate(ctx, db) }
 
 // Engine runs jobs. Make one with New, then call Run; the other methods work
 // from New on and are safe for concurrent use.

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/uptrace/bun"
@@ -32,10 +34,16 @@ const migrationTable = "solstice_migrations"
 // migrates: the bytes "solstice".
 const migrationLock = 0x736f6c7374696365
 
-// MigrationStatus is one migration and whether the database has it.
+// ErrIrreversible: a migration has no way back.
+var ErrIrreversible = errors.New("store: migration cannot be reversed")
+
+// MigrationStatus is one migration and whether the database has it. Those
+// applied together are a group, numbered from 1.
 type MigrationStatus struct {
-	Name    string
-	Applied bool
+	Name      string
+	Applied   bool
+	Group     int64
+	AppliedAt time.Time
 }
 
 // Migrate brings the database to the schema of this program. Several processes
@@ -46,32 +54,42 @@ func Migrate(ctx context.Context, db *bun.DB) error {
 	if err != nil {
 		return err
 	}
-	return s.up(ctx)
+	_, err = s.up(ctx)
+	return err
 }
 
-// Rollback undoes all migrations, and with them all data.
-func Rollback(ctx context.Context, db *bun.DB) error {
+// Migrations are this program's migrations and a database.
+type Migrations struct{ s *schema }
+
+// NewMigrations does not touch the database.
+func NewMigrations(db *bun.DB) (*Migrations, error) {
 	s, err := newSchema(db, embedded)
-	if err != nil {
-		return err
-	}
-	return s.down(ctx)
+	return &Migrations{s}, err
 }
 
-// Status lists this program's migrations in order.
-func Status(ctx context.Context, db *bun.DB) ([]MigrationStatus, error) {
-	s, err := newSchema(db, embedded)
-	if err != nil {
-		return nil, err
-	}
-	return s.status(ctx)
-}
+// Init makes the table that records what is applied.
+func (m *Migrations) Init(ctx context.Context) error { return m.s.init(ctx) }
+
+// Status lists all migrations in order.
+func (m *Migrations) Status(ctx context.Context) ([]MigrationStatus, error) { return m.s.status(ctx) }
+
+// Up is Migrate, and names what it applied.
+func (m *Migrations) Up(ctx context.Context) ([]string, error) { return m.s.up(ctx) }
+
+// Down reverses the newest group, and names what it reversed, newest first.
+// When one of the group cannot be, none is: ErrIrreversible. A SQLite file is
+// copied first, as Migrate does.
+func (m *Migrations) Down(ctx context.Context) ([]string, error) { return m.s.down(ctx, false) }
+
+// Reset reverses all, and with them all data.
+func (m *Migrations) Reset(ctx context.Context) ([]string, error) { return m.s.down(ctx, true) }
 
 // schema is a set of migrations and a database. Each migration and the record
 // of it are one transaction, which both databases can do.
 type schema struct {
 	db       *bun.DB
 	names    []string
+	noReturn map[string]bool // migrations without a statement for the way back
 	migrator *migrate.Migrator
 }
 
@@ -81,7 +99,7 @@ func newSchema(db *bun.DB, files fs.FS) (*schema, error) {
 		return nil, err
 	}
 	slices.Sort(ups)
-	s := &schema{db: db}
+	s := &schema{db: db, noReturn: map[string]bool{}}
 	set := migrate.NewMigrations()
 	for _, up := range ups {
 		name := strings.TrimSuffix(strings.TrimPrefix(up, "migrations/"), ".up.sql")
@@ -90,9 +108,10 @@ func newSchema(db *bun.DB, files fs.FS) (*schema, error) {
 			return nil, err
 		}
 		downSQL, err := s.load(files, "migrations/"+name+".down.sql")
-		if err != nil {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
+		s.noReturn[name] = !hasStatement(downSQL)
 		s.names = append(s.names, name)
 		set.Add(migrate.Migration{
 			Name: name,
@@ -126,6 +145,16 @@ func (s *schema) load(files fs.FS, path string) (string, error) {
 		r = strings.NewReplacer("{{text}}", `TEXT COLLATE "C"`, "{{bytes}}", "BYTEA", "{{serial}}", "BIGSERIAL PRIMARY KEY")
 	}
 	return r.Replace(string(b)), nil
+}
+
+// hasStatement reports whether there is more than comments.
+func hasStatement(sql string) bool {
+	for line := range strings.Lines(sql) {
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "--") {
+			return true
+		}
+	}
+	return false
 }
 
 // run executes one direction of a migration unless another process was faster.
@@ -166,34 +195,44 @@ func (s *schema) init(ctx context.Context) error {
 	})
 }
 
-func (s *schema) up(ctx context.Context) error {
+func (s *schema) up(ctx context.Context) ([]string, error) {
 	if err := s.init(ctx); err != nil {
-		return fmt.Errorf("store: migrate: %w", err)
+		return nil, fmt.Errorf("store: migrate: %w", err)
 	}
 	st, err := s.status(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	last, pending := "", false
+	last, group := lastOf(st)
+	var pending []string
+	for _, m := range st {
+		if !m.Applied {
+			pending = append(pending, m.Name)
+		}
+	}
+	if len(pending) > 0 && last != "" {
+		if err := s.backup(ctx, last); err != nil {
+			return nil, fmt.Errorf("store: copy the database before migrating: %w", err)
+		}
+	}
+	done, err := s.each(ctx, pending, false, group+1)
+	if err != nil {
+		return done, fmt.Errorf("store: migrate: %w", err)
+	}
+	if last == "" && len(pending) > 0 {
+		err = s.install(ctx)
+	}
+	return done, err
+}
+
+// lastOf gives the last migration that is applied, and the newest group.
+func lastOf(st []MigrationStatus) (last string, group int64) {
 	for _, m := range st {
 		if m.Applied {
-			last = m.Name
-		} else {
-			pending = true
+			last, group = m.Name, max(group, m.Group)
 		}
 	}
-	if pending && last != "" && !sqldb.IsPostgres(s.db) {
-		if err := s.backup(ctx, last); err != nil {
-			return fmt.Errorf("store: copy the database before migrating: %w", err)
-		}
-	}
-	if err := s.each(ctx, false); err != nil {
-		return fmt.Errorf("store: migrate: %w", err)
-	}
-	if last == "" && pending {
-		return s.install(ctx)
-	}
-	return nil
+	return last, group
 }
 
 // install gives a new database its identity; the first process wins.
@@ -205,41 +244,60 @@ func (s *schema) install(ctx context.Context) error {
 	return nil
 }
 
-func (s *schema) down(ctx context.Context) error {
-	if err := s.init(ctx); err != nil {
-		return fmt.Errorf("store: roll back: %w", err)
+func (s *schema) down(ctx context.Context, all bool) ([]string, error) {
+	st, err := s.status(ctx)
+	if err != nil {
+		return nil, err
 	}
-	if err := s.each(ctx, true); err != nil {
-		return fmt.Errorf("store: roll back: %w", err)
+	last, group := lastOf(st)
+	var names, stuck []string
+	for _, m := range slices.Backward(st) {
+		if !m.Applied || !all && m.Group != group {
+			continue
+		}
+		names = append(names, m.Name)
+		if s.noReturn[m.Name] {
+			stuck = append(stuck, m.Name)
+		}
 	}
-	return nil
+	switch {
+	case len(names) == 0:
+		return nil, nil
+	case len(stuck) > 0:
+		return nil, fmt.Errorf("%w: %s", ErrIrreversible, strings.Join(stuck, ", "))
+	}
+	if err := s.backup(ctx, last); err != nil {
+		return nil, fmt.Errorf("store: copy the database before rolling back: %w", err)
+	}
+	done, err := s.each(ctx, names, true, 0)
+	if err != nil {
+		return done, fmt.Errorf("store: roll back: %w", err)
+	}
+	return done, nil
 }
 
-// each runs the migrations that are (down) or are not (up) applied. The
-// migrator's own loop would record them apart from what they do.
-func (s *schema) each(ctx context.Context, down bool) error {
+// each runs the migrations of these names, in their order. The migrator's own
+// loop would record them apart from what they do.
+func (s *schema) each(ctx context.Context, names []string, down bool, group int64) (done []string, err error) {
 	all, err := s.migrator.MigrationsWithStatus(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if down {
-		slices.Reverse(all)
-	}
-	for i := range all {
+	for _, name := range names {
+		i := slices.IndexFunc(all, func(m migrate.Migration) bool { return m.Name == name })
 		m := &all[i]
 		f := m.Up
 		if down {
 			f = m.Down
+		} else {
+			m.GroupID = group
 		}
-		if m.IsApplied() != down {
-			continue
-		}
-		m.GroupID = 1
 		if err := f(ctx, s.migrator, m); err != nil {
-			return fmt.Errorf("%s: %w", m.Name, err)
+			return done, fmt.Errorf("%s: %w", name, err)
 		}
+		done = append(done, name)
 	}
-	return nil
+	return done, nil
 }
 
 func (s *schema) status(ctx context.Context) ([]MigrationStatus, error) {
@@ -249,9 +307,13 @@ func (s *schema) status(ctx context.Context) ([]MigrationStatus, error) {
 	}
 	var out []MigrationStatus
 	for _, n := range s.names {
-		out = append(out, MigrationStatus{Name: n, Applied: slices.Contains(applied, n)})
+		m := MigrationStatus{Name: n}
+		if row, ok := applied[n]; ok {
+			m.Applied, m.Group, m.AppliedAt = true, row.GroupID, row.MigratedAt.UTC()
+		}
+		out = append(out, m)
 	}
-	for _, n := range applied {
+	for _, n := range slices.Sorted(maps.Keys(applied)) {
 		if !slices.Contains(s.names, n) {
 			return nil, fmt.Errorf("%w: the database has migration %s, which this program does not know: use a newer one", ErrSchema, n)
 		}
@@ -259,8 +321,9 @@ func (s *schema) status(ctx context.Context) ([]MigrationStatus, error) {
 	return out, nil
 }
 
-// applied names the migrations that the database has; none when it is empty.
-func (s *schema) applied(ctx context.Context) ([]string, error) {
+// applied are the migrations that the database has, by name; none when it is
+// empty.
+func (s *schema) applied(ctx context.Context) (map[string]migrate.Migration, error) {
 	q := s.db.NewSelect().TableExpr("sqlite_master").Where("name = ?", migrationTable)
 	if sqldb.IsPostgres(s.db) {
 		q = s.db.NewSelect().TableExpr("pg_class").Where("oid = to_regclass(?)", migrationTable)
@@ -269,9 +332,15 @@ func (s *schema) applied(ctx context.Context) ([]string, error) {
 	if err != nil || !exists {
 		return nil, err
 	}
-	var names []string
-	err = s.db.NewSelect().TableExpr(migrationTable).Column("name").OrderBy("name", bun.OrderAsc).Scan(ctx, &names)
-	return names, err
+	var rows []migrate.Migration
+	if err := s.db.NewSelect().Model(&rows).ModelTableExpr(migrationTable + " AS migration").Scan(ctx); err != nil {
+		return nil, err
+	}
+	out := map[string]migrate.Migration{}
+	for _, r := range rows {
+		out[r.Name] = r
+	}
+	return out, nil
 }
 
 // check refuses a schema that is not exactly this program's.
@@ -288,8 +357,11 @@ func (s *schema) check(ctx context.Context) error {
 	return nil
 }
 
-// backup copies a SQLite file beside itself.
+// backup copies a SQLite file beside itself; last is the migration it has.
 func (s *schema) backup(ctx context.Context, last string) error {
+	if sqldb.IsPostgres(s.db) {
+		return nil
+	}
 	var file string
 	if err := s.db.NewRaw("SELECT file FROM pragma_database_list WHERE name = 'main'").Scan(ctx, &file); err != nil {
 		return err

@@ -66,13 +66,17 @@ func TestMigrateUpDownUp(t *testing.T) {
 		if s, err = New(ctx, db, Options{}); err != nil || s.Installation() != first {
 			t.Errorf("installation changed from %s to %s: %v", first, s.Installation(), err)
 		}
-		if err := Rollback(ctx, db); err != nil {
+		m, err := NewMigrations(db)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.Reset(ctx); err != nil {
 			t.Fatal(err)
 		}
 		if left := tables(t, db); len(left) > 0 {
 			t.Errorf("left after rolling back: %v", left)
 		}
-		st, err := Status(ctx, db)
+		st, err := m.Status(ctx)
 		if err != nil || len(st) == 0 || st[0].Applied {
 			t.Errorf("status %v, %v", st, err)
 		}
@@ -115,7 +119,7 @@ func TestMigrateAtOnce(t *testing.T) {
 }
 
 // later is the embedded set and one more migration.
-func later(t *testing.T, up string) fs.FS {
+func later(t *testing.T, up string) fstest.MapFS {
 	t.Helper()
 	files := fstest.MapFS{
 		"migrations/29990101000000_later.up.sql":   {Data: []byte(up)},
@@ -149,7 +153,7 @@ func TestOlderAndNewerSchema(t *testing.T) {
 		if err := sc.check(ctx); !errors.Is(err, ErrSchema) || !strings.Contains(err.Error(), "lacks") {
 			t.Errorf("an older schema: %v", err)
 		}
-		if err := sc.up(ctx); err != nil {
+		if _, err := sc.up(ctx); err != nil {
 			t.Fatal(err)
 		}
 		if err := sc.check(ctx); err != nil {
@@ -175,6 +179,87 @@ func TestOlderAndNewerSchema(t *testing.T) {
 	})
 }
 
+// TestDown: only the newest group is reversed, and only if all of it can be.
+func TestDown(t *testing.T) {
+	testenv.Databases(t, func(t *testing.T, url string) {
+		ctx := t.Context()
+		db := openDB(t, url)
+		first, err := NewMigrations(db)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if undone, err := first.Down(ctx); err != nil || len(undone) > 0 {
+			t.Errorf("down of an empty database: %v, %v", undone, err)
+		}
+		if err := first.Init(ctx); err != nil {
+			t.Fatal(err)
+		}
+		st, err := first.Status(ctx)
+		if err != nil || len(st) == 0 || st[0].Applied || len(tables(t, db)) > 0 {
+			t.Fatalf("after init: %v, %v", st, err)
+		}
+		if up, err := first.Up(ctx); err != nil || len(up) != len(st) || up[0] != st[0].Name {
+			t.Fatalf("up: %v, %v", up, err)
+		}
+		if up, err := first.Up(ctx); err != nil || len(up) > 0 {
+			t.Errorf("up again: %v, %v", up, err)
+		}
+		before := tables(t, db)
+
+		const name = "29990101000000_later"
+		files := later(t, "CREATE TABLE extra (x INTEGER);")
+		down := files["migrations/"+name+".down.sql"]
+		down.Data = []byte("-- nothing yet\n\n")
+		stuck, err := newSchema(db, files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := stuck.up(ctx); err != nil {
+			t.Fatal(err)
+		}
+		with := tables(t, db)
+		for _, all := range []bool{false, true} {
+			if _, err := stuck.down(ctx, all); !errors.Is(err, ErrIrreversible) || !strings.Contains(err.Error(), name) {
+				t.Errorf("down of what has no way back: %v", err)
+			}
+		}
+		if _, err := first.Down(ctx); !errors.Is(err, ErrSchema) {
+			t.Errorf("down of a newer schema: %v", err)
+		}
+		if got := tables(t, db); fmt.Sprint(got) != fmt.Sprint(with) {
+			t.Errorf("what was refused changed the tables to %v", got)
+		}
+
+		down.Data = []byte("DROP TABLE extra;")
+		two, err := newSchema(db, files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		st, err = two.status(ctx)
+		last := st[len(st)-1]
+		if err != nil || last.Group != 2 || last.AppliedAt.IsZero() || st[0].Group != 1 {
+			t.Errorf("groups: %+v, %v", st, err)
+		}
+		if undone, err := two.down(ctx, false); err != nil || fmt.Sprint(undone) != "["+name+"]" {
+			t.Errorf("down: %v, %v", undone, err)
+		}
+		if got := tables(t, db); fmt.Sprint(got) != fmt.Sprint(before) {
+			t.Errorf("after down: %v, want %v", got, before)
+		}
+		if path, isFile := strings.CutPrefix(url, "sqlite:"); isFile {
+			if got := tables(t, openDB(t, "sqlite:"+path+"."+name+".bak")); fmt.Sprint(got) != fmt.Sprint(with) {
+				t.Errorf("the copy has %v, want %v", got, with)
+			}
+		}
+		if undone, err := two.down(ctx, false); err != nil || len(undone) != len(st)-1 || undone[0] != st[len(st)-2].Name {
+			t.Errorf("down to nothing: %v, %v", undone, err)
+		}
+		if left := tables(t, db); len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+	})
+}
+
 func TestFailedMigrationLeavesNothing(t *testing.T) {
 	testenv.Databases(t, func(t *testing.T, url string) {
 		ctx := t.Context()
@@ -187,7 +272,7 @@ func TestFailedMigrationLeavesNothing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := sc.up(ctx); err == nil {
+		if _, err := sc.up(ctx); err == nil {
 			t.Fatal("a broken migration succeeded")
 		}
 		if after := tables(t, db); fmt.Sprint(after) != fmt.Sprint(before) {
@@ -229,7 +314,9 @@ func TestPlans(t *testing.T) {
 			{"runs of a state", runsQuery(db, RunFilter{Limit: 50}, RunFailed, &runs).String(), "runs_state"},
 			{"runs of a commit", runsQuery(db, RunFilter{Limit: 50, Commit: "c77"}, "", &runs).String(), "runs_commit"},
 			{"runs of a ref", runsQuery(db, RunFilter{Limit: 50, Repo: "a1", Ref: "refs/heads/b7"}, "", &runs).String(), "runs_repo_ref"},
-			{"runs by prefix", runsByPrefix(db, "r0012", 2).String(), "runs"},
+			{"runs by prefix", byPrefix(db, (*Run)(nil), "r0012", 2).String(), "runs"},
+			{"jobs by prefix", byPrefix(db, (*Job)(nil), "jr0012", 2).String(), "jobs"},
+			{"attempts by prefix", byPrefix(db, (*Attempt)(nil), "tr0012", 2).String(), "attempts"},
 			{"queued jobs", queuedJobs(db, "l1").String(), "jobs_queue"},
 			{"rivals", rivals(db, &Job{ID: "x", Label: "l1", QueuedAt: 7}).String(), "jobs_queue"},
 			{"machines", machinesQuery(db, "p", "m", 50, &machines).String(), "machines_"},
