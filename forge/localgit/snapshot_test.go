@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -314,5 +315,51 @@ func TestMirrorRefuses(t *testing.T) {
 		if _, err := localgit.Mirror(t.Context(), tc.url, filepath.Join(t.TempDir(), "m"), o); !errors.Is(err, tc.want) {
 			t.Errorf("%s: %v, want %v", tc.name, err, tc.want)
 		}
+	}
+}
+
+func TestLocate(t *testing.T) {
+	dir, git := workTree(t, "sha1")
+	before := fingerprint(t, dir)
+	head := git("", "rev-parse", "HEAD")
+	for _, from := range []string{dir, filepath.Join(dir, "dir")} {
+		got, err := localgit.Locate(t.Context(), from)
+		want := localgit.Located{Path: dir, Name: filepath.Base(dir), Commit: head, Ref: "refs/heads/trunk", Origin: "https://example.org/team/project.git"}
+		if err != nil || got != want {
+			t.Errorf("Locate(%s) = %+v, %v; want %+v", from, got, err, want)
+		}
+	}
+	if after := fingerprint(t, dir); !maps.Equal(before, after) {
+		t.Errorf("the repository changed from %v to %v", before, after)
+	}
+	// The same repository under the name that a Forge has it by.
+	f, err := localgit.Open(t.Context(), localgit.Config{Root: filepath.Dir(dir)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	if got, err := f.Resolve(t.Context(), forge.Repo{Name: filepath.Base(dir)}, "HEAD"); err != nil || got != head {
+		t.Errorf("Resolve = %q, %v", got, err)
+	}
+
+	linked := filepath.Join(t.TempDir(), "linked")
+	git("", "worktree", "add", "-q", "-b", "side", linked)
+	gitIn(t, linked)("", "commit", "-q", "--allow-empty", "-m", "second")
+	got, err := localgit.Locate(t.Context(), linked)
+	if err != nil || got.Path != dir || got.Name != "linked" || got.Commit == head || got.Ref != "refs/heads/side" {
+		t.Errorf("a linked work tree: %+v, %v", got, err)
+	}
+	git("", "checkout", "-q", "--detach")
+	if got, err := localgit.Locate(t.Context(), dir); err != nil || got.Ref != "" || got.Commit != head {
+		t.Errorf("detached: %+v, %v", got, err)
+	}
+
+	empty := t.TempDir()
+	if _, err := localgit.Locate(t.Context(), empty); !errors.Is(err, forge.ErrNotFound) {
+		t.Errorf("no repository: %v", err)
+	}
+	gitIn(t, empty)("", "init", "-q")
+	if _, err := localgit.Locate(t.Context(), empty); !errors.Is(err, localgit.ErrNoCommits) {
+		t.Errorf("no commits: %v", err)
 	}
 }
