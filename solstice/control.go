@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/solstice-ci/solstice-go/internal/store"
@@ -204,7 +205,7 @@ func (e *Engine) GetRun(ctx context.Context, runID string) (Run, error) {
 // RunFilter selects runs; its zero value selects the newest 50.
 type RunFilter struct {
 	Forge  string     // instance name
-	Repo   string     // its full name; needs Forge
+	Repo   string     // its full name; needs Forge where there are several
 	States []RunState // any of them
 	Commit string     // full object name
 	Ref    string     // full; needs Repo
@@ -215,6 +216,9 @@ type RunFilter struct {
 // Runs lists runs without their jobs, newest first. A filter that lacks what
 // it needs wraps ErrInvalid.
 func (e *Engine) Runs(ctx context.Context, f RunFilter) ([]Run, error) {
+	if f.Repo != "" && f.Forge == "" && len(e.cfg.Forges) == 1 {
+		f.Forge = slices.Collect(maps.Keys(e.cfg.Forges))[0]
+	}
 	if f.Repo != "" && f.Forge == "" || f.Ref != "" && f.Repo == "" {
 		return nil, fmt.Errorf("%w: runs of a repository need its forge, and runs of a ref the repository", ErrInvalid)
 	}
@@ -240,24 +244,38 @@ func (e *Engine) Runs(ctx context.Context, f RunFilter) ([]Run, error) {
 	return out, nil
 }
 
-// minPrefix is the shortest prefix of a run's ID that FindRun takes.
+// minPrefix is the shortest prefix of an ID that is looked for.
 const minPrefix = 8
 
 // FindRun gives the ID of the one run whose ID begins with prefix, which has
 // at least 8 characters. None wraps ErrNotFound; several, or a shorter prefix,
 // ErrInvalid.
 func (e *Engine) FindRun(ctx context.Context, prefix string) (string, error) {
+	return e.find(ctx, "run", prefix, e.store.RunsByPrefix)
+}
+
+// FindJob is FindRun for a job.
+func (e *Engine) FindJob(ctx context.Context, prefix string) (string, error) {
+	return e.find(ctx, "job", prefix, e.store.JobsByPrefix)
+}
+
+// FindAttempt is FindRun for an attempt.
+func (e *Engine) FindAttempt(ctx context.Context, prefix string) (string, error) {
+	return e.find(ctx, "attempt", prefix, e.store.AttemptsByPrefix)
+}
+
+func (e *Engine) find(ctx context.Context, what, prefix string, lookUp func(context.Context, string, int) ([]string, error)) (string, error) {
 	if len(prefix) < minPrefix {
-		return "", fmt.Errorf("%w: %q is too short for a run: give at least %d characters of its ID", ErrInvalid, prefix, minPrefix)
+		return "", fmt.Errorf("%w: %q is too short for a %s: give at least %d characters of its ID", ErrInvalid, prefix, what, minPrefix)
 	}
-	ids, err := e.store.RunsByPrefix(ctx, prefix, 2)
+	ids, err := lookUp(ctx, prefix, 2)
 	switch {
 	case err != nil:
-		return "", e.publicError("run "+prefix, err)
+		return "", e.publicError(what+" "+prefix, err)
 	case len(ids) == 0:
-		return "", e.publicError("run "+prefix, store.ErrNotFound)
+		return "", e.publicError(what+" "+prefix, store.ErrNotFound)
 	case len(ids) > 1 && ids[0] != prefix:
-		return "", fmt.Errorf("%w: several runs begin with %q: give more of the ID", ErrInvalid, prefix)
+		return "", fmt.Errorf("%w: several %ss begin with %q: give more of the ID", ErrInvalid, what, prefix)
 	}
 	return ids[0], nil
 }

@@ -153,6 +153,12 @@ type JobChunk struct {
 // after a boundary, until the job is terminal. A job that never had an attempt
 // yields nothing.
 func (e *Engine) FollowJob(ctx context.Context, jobID string) iter.Seq2[JobChunk, error] {
+	return e.FollowJobFrom(ctx, jobID, 1, 0)
+}
+
+// FollowJobFrom is FollowJob beginning at a byte offset of an attempt, which is
+// named by its number.
+func (e *Engine) FollowJobFrom(ctx context.Context, jobID string, attempt int, from int64) iter.Seq2[JobChunk, error] {
 	return func(yield func(JobChunk, error) bool) {
 		changed, unsubscribe := e.hub.subscribe(jobID)
 		defer unsubscribe()
@@ -171,10 +177,17 @@ func (e *Engine) FollowJob(ctx context.Context, jobID string) iter.Seq2[JobChunk
 			}
 			for ; next < len(attempts); next++ {
 				a := attempts[next]
+				if a.Number < attempt {
+					continue
+				}
+				offset := int64(0)
+				if a.Number == attempt {
+					offset = from
+				}
 				if !yield(JobChunk{Attempt: a, Begin: true}, nil) {
 					return
 				}
-				for c, err := range e.Log(ctx, a.ID, 0) {
+				for c, err := range e.Log(ctx, a.ID, offset) {
 					if !yield(JobChunk{Attempt: a, Chunk: c}, err) || err != nil {
 						return
 					}

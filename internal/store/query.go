@@ -195,12 +195,26 @@ func runsQuery(db bun.IDB, f RunFilter, state RunState, out *[]*Run) *bun.Select
 // must not be empty.
 func (s *Store) RunsByPrefix(ctx context.Context, prefix string, limit int) ([]string, error) {
 	var ids []string
-	err := runsByPrefix(s.db, prefix, limit).Scan(ctx, &ids)
+	err := byPrefix(s.db, (*Run)(nil), prefix, limit).Where(notGoing).Scan(ctx, &ids)
 	return ids, err
 }
 
-func runsByPrefix(db bun.IDB, prefix string, limit int) *bun.SelectQuery {
-	return db.NewSelect().Model((*Run)(nil)).Column("id").Where("id >= ? AND id < ?", prefix, prefix+"\x7f").Where(notGoing).
+// JobsByPrefix is RunsByPrefix for jobs.
+func (s *Store) JobsByPrefix(ctx context.Context, prefix string, limit int) ([]string, error) {
+	var ids []string
+	err := byPrefix(s.db, (*Job)(nil), prefix, limit).Scan(ctx, &ids)
+	return ids, err
+}
+
+// AttemptsByPrefix is RunsByPrefix for attempts.
+func (s *Store) AttemptsByPrefix(ctx context.Context, prefix string, limit int) ([]string, error) {
+	var ids []string
+	err := byPrefix(s.db, (*Attempt)(nil), prefix, limit).Scan(ctx, &ids)
+	return ids, err
+}
+
+func byPrefix(db bun.IDB, model any, prefix string, limit int) *bun.SelectQuery {
+	return db.NewSelect().Model(model).Column("id").Where("id >= ? AND id < ?", prefix, prefix+"\x7f").
 		OrderBy("id", bun.OrderAsc).Limit(int64(limit))
 }
 

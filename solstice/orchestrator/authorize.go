@@ -141,6 +141,10 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	defer context.AfterFunc(s.closing, cancel)()
 	err := s.authorize(ctx, info.FullMethod)
 	if err == nil {
+		// A follower learns that it follows, also where there is nothing to say yet.
+		err = ss.SendHeader(nil)
+	}
+	if err == nil {
 		err = next(srv, &follower{ServerStream: ss, ctx: ctx, s: s, method: info.FullMethod})
 	}
 	if err != nil && s.closing.Err() != nil && ss.Context().Err() == nil {

@@ -131,7 +131,11 @@ func (v *service) WatchRun(r *pb.WatchRunRequest, out grpc.ServerStreamingServer
 
 // GetJob implements the service.
 func (v *service) GetJob(ctx context.Context, r *pb.GetJobRequest) (*pb.GetJobResponse, error) {
-	job, err := v.e.Job(ctx, r.GetJobId())
+	id, err := v.findJob(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	job, err := v.e.Job(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -155,11 +159,27 @@ func (v *service) GetJob(ctx context.Context, r *pb.GetJobRequest) (*pb.GetJobRe
 	return resp, nil
 }
 
+func (v *service) findJob(ctx context.Context, r *pb.GetJobRequest) (string, error) {
+	if r.GetAttemptId() == "" {
+		return v.e.FindJob(ctx, r.GetJobId())
+	}
+	id, err := v.e.FindAttempt(ctx, r.GetAttemptId())
+	if err != nil {
+		return "", err
+	}
+	a, err := v.e.Attempt(ctx, id)
+	return a.JobID, err
+}
+
 // TailLog implements the service.
 func (v *service) TailLog(r *pb.TailLogRequest, out grpc.ServerStreamingServer[pb.TailLogResponse]) error {
-	if r.GetFrom() < 0 {
+	switch {
+	case r.GetFrom() < 0:
 		return invalid("the offset is negative")
+	case r.GetAttempt() < 0:
+		return invalid("the number of the attempt is negative")
 	}
+	first := max(1, int(r.GetAttempt())) // of a job
 	ctx := out.Context()
 	t := &tail{out: out}
 	switch {
@@ -172,18 +192,14 @@ func (v *service) TailLog(r *pb.TailLogRequest, out grpc.ServerStreamingServer[p
 	case r.GetJobId() == "":
 		return invalid("neither an attempt nor a job is named")
 	case r.GetFollow():
-		from := r.GetFrom() // of the first attempt
-		for c, err := range v.e.FollowJob(ctx, r.GetJobId()) {
+		for c, err := range v.e.FollowJobFrom(ctx, r.GetJobId(), first, r.GetFrom()) {
 			if err != nil {
 				return err
 			}
 			if c.Begin {
-				if c.Attempt.Number > 1 {
-					from = 0
-				}
 				err = out.Send(&pb.TailLogResponse{Attempt: attemptPB(c.Attempt, nil), Durable: true})
 			} else {
-				err = t.chunk(c.Chunk, from, -1)
+				err = t.chunk(c.Chunk, 0, -1)
 			}
 			if err != nil {
 				return err
@@ -195,12 +211,15 @@ func (v *service) TailLog(r *pb.TailLogRequest, out grpc.ServerStreamingServer[p
 	if err != nil {
 		return err
 	}
-	for i, a := range attempts {
+	for _, a := range attempts {
+		if a.Number < first {
+			continue
+		}
 		if err := out.Send(&pb.TailLogResponse{Attempt: attemptPB(a, nil), Durable: true}); err != nil {
 			return err
 		}
 		from := int64(0)
-		if i == 0 {
+		if a.Number == first {
 			from = r.GetFrom()
 		}
 		if err := t.attempt(ctx, v.e, a, from, false); err != nil {

@@ -1395,10 +1395,10 @@ func (x *GetRunResponse) GetRun() *Run {
 
 type ListRunsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	PageSize      int32                  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`   // 0: 50; at most 500
-	PageToken     string                 `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"` // of the answer before
-	Forge         string                 `protobuf:"bytes,3,opt,name=forge,proto3" json:"forge,omitempty"`
-	Repo          *Repo                  `protobuf:"bytes,4,opt,name=repo,proto3" json:"repo,omitempty"`                                                    // owner and name; needs forge
+	PageSize      int32                  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`                           // 0: 50; at most 500
+	PageToken     string                 `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`                         // of the answer before
+	Forge         string                 `protobuf:"bytes,3,opt,name=forge,proto3" json:"forge,omitempty"`                                                  // instance name; empty where there is only one, or for all runs
+	Repo          *Repo                  `protobuf:"bytes,4,opt,name=repo,proto3" json:"repo,omitempty"`                                                    // owner and name
 	States        []RunState             `protobuf:"varint,5,rep,packed,name=states,proto3,enum=solstice.orchestrator.v1.RunState" json:"states,omitempty"` // any of them; empty: all
 	Commit        string                 `protobuf:"bytes,6,opt,name=commit,proto3" json:"commit,omitempty"`
 	Ref           string                 `protobuf:"bytes,7,opt,name=ref,proto3" json:"ref,omitempty"`
@@ -1627,7 +1627,8 @@ func (x *WatchRunResponse) GetRun() *Run {
 
 type GetJobRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	JobId         string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	JobId         string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`             // or a prefix of at least 8 characters that only one job has
+	AttemptId     string                 `protobuf:"bytes,2,opt,name=attempt_id,json=attemptId,proto3" json:"attempt_id,omitempty"` // in its place: the job of this attempt; or a prefix
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1665,6 +1666,13 @@ func (*GetJobRequest) Descriptor() ([]byte, []int) {
 func (x *GetJobRequest) GetJobId() string {
 	if x != nil {
 		return x.JobId
+	}
+	return ""
+}
+
+func (x *GetJobRequest) GetAttemptId() string {
+	if x != nil {
+		return x.AttemptId
 	}
 	return ""
 }
@@ -1805,8 +1813,9 @@ type TailLogRequest struct {
 	//	*TailLogRequest_AttemptId
 	//	*TailLogRequest_JobId
 	Of            isTailLogRequest_Of `protobuf_oneof:"of"`
-	From          int64               `protobuf:"varint,3,opt,name=from,proto3" json:"from,omitempty"`     // byte offset; of a job: in its first attempt
-	Follow        bool                `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"` // until the attempt or the job is over
+	From          int64               `protobuf:"varint,3,opt,name=from,proto3" json:"from,omitempty"`       // byte offset; of a job: in the attempt that it begins with
+	Follow        bool                `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`   // until the attempt or the job is over
+	Attempt       int32               `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"` // of a job: number of the attempt to begin with; 0: the first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1878,6 +1887,13 @@ func (x *TailLogRequest) GetFollow() bool {
 		return x.Follow
 	}
 	return false
+}
+
+func (x *TailLogRequest) GetAttempt() int32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
 }
 
 type isTailLogRequest_Of interface {
@@ -3251,9 +3267,11 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x0fWatchRunRequest\x12\x15\n" +
 	"\x06run_id\x18\x01 \x01(\tR\x05runId\"C\n" +
 	"\x10WatchRunResponse\x12/\n" +
-	"\x03run\x18\x01 \x01(\v2\x1d.solstice.orchestrator.v1.RunR\x03run\"&\n" +
+	"\x03run\x18\x01 \x01(\v2\x1d.solstice.orchestrator.v1.RunR\x03run\"E\n" +
 	"\rGetJobRequest\x12\x15\n" +
-	"\x06job_id\x18\x01 \x01(\tR\x05jobId\"\xbd\x01\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x1d\n" +
+	"\n" +
+	"attempt_id\x18\x02 \x01(\tR\tattemptId\"\xbd\x01\n" +
 	"\x0eGetJobResponse\x12/\n" +
 	"\x03job\x18\x01 \x01(\v2\x1d.solstice.orchestrator.v1.JobR\x03job\x12=\n" +
 	"\battempts\x18\x02 \x03(\v2!.solstice.orchestrator.v1.AttemptR\battempts\x12;\n" +
@@ -3262,13 +3280,14 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x06reason\x18\x01 \x01(\x0e2$.solstice.orchestrator.v1.WaitReasonR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x14\n" +
 	"\x05needs\x18\x03 \x03(\tR\x05needs\x12\x14\n" +
-	"\x05ahead\x18\x04 \x01(\x03R\x05ahead\"|\n" +
+	"\x05ahead\x18\x04 \x01(\x03R\x05ahead\"\x96\x01\n" +
 	"\x0eTailLogRequest\x12\x1f\n" +
 	"\n" +
 	"attempt_id\x18\x01 \x01(\tH\x00R\tattemptId\x12\x17\n" +
 	"\x06job_id\x18\x02 \x01(\tH\x00R\x05jobId\x12\x12\n" +
 	"\x04from\x18\x03 \x01(\x03R\x04from\x12\x16\n" +
-	"\x06follow\x18\x04 \x01(\bR\x06followB\x04\n" +
+	"\x06follow\x18\x04 \x01(\bR\x06follow\x12\x18\n" +
+	"\aattempt\x18\x05 \x01(\x05R\aattemptB\x04\n" +
 	"\x02of\"\xcd\x01\n" +
 	"\x0fTailLogResponse\x12;\n" +
 	"\aattempt\x18\x01 \x01(\v2!.solstice.orchestrator.v1.AttemptR\aattempt\x12\x16\n" +
