@@ -201,7 +201,7 @@ func TestBackupAndRestoreAreKilled(t *testing.T) {
 	if left, err := filepath.Glob(filepath.Join(dir, ".*")); err != nil || len(left) > 0 {
 		t.Errorf("left: %q, %v", left, err)
 	}
-	o.stop(syscall.SIGTERM)
+	o.Stop(syscall.SIGTERM)
 	second := start(t, to)
 	copied, ctx := second.client()
 	if got := tail(ctx, t, copied, &pb.TailLogRequest{Of: &pb.TailLogRequest_JobId{JobId: job}}, nil); !bytes.Equal(got, want) {

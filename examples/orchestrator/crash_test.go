@@ -88,8 +88,8 @@ func atRandom(ctx context.Context, c *crash, v *process) {
 		return
 	}
 	select {
-	case <-v.started:
-	case <-v.ended:
+	case <-v.Started:
+	case <-v.Ended:
 		return
 	case <-ctx.Done():
 	}
@@ -122,13 +122,13 @@ func (c *crash) run(n int) []string {
 		if c.rand.IntN(5) == 0 {
 			how = syscall.SIGTERM
 		}
-		v.stop(how)
+		v.Stop(how)
 	}
 	close(over)
 	last := c.survivor(ctx)
 	load.Wait()
 	c.hist.settle(ctx)
-	last.stop(syscall.SIGTERM)
+	last.Stop(syscall.SIGTERM)
 	return c.hist.check(c.t.Context())
 }
 
@@ -138,11 +138,11 @@ func (c *crash) survivor(ctx context.Context) *process {
 	for {
 		v := launch(c.t, c.exe, c.dir, c.args...)
 		select {
-		case <-v.started:
+		case <-v.Started:
 			return v
-		case <-v.ended: // as when another program was given the port meanwhile
+		case <-v.Ended: // as when another program was given the port meanwhile
 			if ctx.Err() != nil {
-				c.t.Fatalf("did not start: %v", v.err)
+				c.t.Fatalf("did not start: %v", v.Err)
 			}
 		}
 	}

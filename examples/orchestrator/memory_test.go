@@ -20,7 +20,7 @@ import (
 // most since the last call of forgetPeak.
 func (o *process) resident(name string) int64 {
 	o.t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", o.cmd.Process.Pid))
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", o.Cmd.Process.Pid))
 	if err != nil {
 		o.t.Fatal(err)
 	}
@@ -40,7 +40,7 @@ func (o *process) resident(name string) int64 {
 // forgetPeak begins VmHWM anew, see clear_refs in proc(5).
 func (o *process) forgetPeak() {
 	o.t.Helper()
-	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", o.cmd.Process.Pid), []byte("5"), 0o600); err != nil {
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", o.Cmd.Process.Pid), []byte("5"), 0o600); err != nil {
 		o.t.Fatal(err)
 	}
 }

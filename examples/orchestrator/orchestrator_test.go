@@ -243,9 +243,9 @@ jobs:
 			of := &pb.TailLogRequest_JobId{JobId: run.GetJobs()[0].GetId()}
 			half := func(p []byte) bool { return bytes.Contains(p, []byte("\n5000\n")) }
 			tail(ctx, t, c, &pb.TailLogRequest{Of: of, Follow: true}, half)
-			o.stop(how)
-			if how == syscall.SIGTERM && o.err != nil {
-				t.Errorf("after SIGTERM: %v", o.err)
+			o.Stop(how)
+			if how == syscall.SIGTERM && o.Err != nil {
+				t.Errorf("after SIGTERM: %v", o.Err)
 			}
 			if err := os.WriteFile(gate, nil, 0o600); err != nil {
 				t.Fatal(err)

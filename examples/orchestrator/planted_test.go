@@ -147,8 +147,8 @@ func whenNoted(ctx context.Context, c *crash, v *process) {
 		return n
 	}
 	select {
-	case <-v.started:
-	case <-v.ended:
+	case <-v.Started:
+	case <-v.Ended:
 		return
 	}
 	for before := size(); size() == before && ctx.Err() == nil; {

@@ -1,12 +1,9 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -17,7 +14,6 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -25,6 +21,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/solstice-ci/solstice-go/internal/testenv" //nolint:depguard // the test is not part of the main that is copied
 	pb "github.com/solstice-ci/solstice-go/solstice/api/orchestratorv1"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
 )
@@ -85,15 +82,12 @@ func commandOf(exe string, args ...string) *exec.Cmd {
 
 // process is a daemon that runs.
 type process struct {
-	t       testing.TB
-	dir     string
-	cmd     *exec.Cmd
-	grpc    string
-	http    string
-	agent   string
-	started chan struct{} // closed when it listens, and the addresses are set
-	ended   chan struct{} // closed when it is gone, and err is set
-	err     error
+	*testenv.Daemon
+	t     testing.TB
+	dir   string
+	grpc  string
+	http  string
+	agent string
 }
 
 // start runs a daemon on free ports; args win.
@@ -104,70 +98,17 @@ func start(t testing.TB, dir string, args ...string) *process {
 		t.Fatal(err)
 	}
 	o := launch(t, exe, dir, args...)
-	select {
-	case <-o.started:
-	case <-o.ended:
-		t.Fatalf("did not start: %v", o.err)
-	case <-time.After(patience):
-		t.Fatal("did not start in time")
-	}
+	o.Await()
+	o.grpc, o.http, o.agent = o.Said("grpc_addr"), o.Said("http_addr"), o.Said("agent_addr")
 	return o
 }
 
 // launch is start without waiting for anything.
 func launch(t testing.TB, exe, dir string, args ...string) *process {
 	t.Helper()
-	o := &process{t: t, dir: dir, started: make(chan struct{}), ended: make(chan struct{})}
-	o.cmd = commandOf(exe, append([]string{
+	return &process{t: t, dir: dir, Daemon: testenv.Launch(t, commandOf(exe, append([]string{
 		"--state-dir", dir, "--grpc-addr=127.0.0.1:0", "--http-addr=127.0.0.1:0", "--agent-addr=127.0.0.1:0", "--runner-addr=127.0.0.1:0",
-	}, args...)...)
-	stderr, err := o.cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := o.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	var said bytes.Buffer
-	go func() {
-		defer close(o.ended)
-		up := false
-		lines := bufio.NewScanner(io.TeeReader(stderr, &said))
-		lines.Buffer(nil, 1<<20)
-		for lines.Scan() {
-			var r struct {
-				Msg   string
-				GRPC  string `json:"grpc_addr"`
-				HTTP  string `json:"http_addr"`
-				Agent string `json:"agent_addr"`
-			}
-			if json.Unmarshal(lines.Bytes(), &r) == nil && r.Msg == "orchestrator started" && !up {
-				o.grpc, o.http, o.agent, up = r.GRPC, r.HTTP, r.Agent, true
-				close(o.started)
-			}
-		}
-		o.err = o.cmd.Wait()
-	}()
-	t.Cleanup(func() {
-		o.stop(syscall.SIGKILL)
-		if t.Failed() || strings.Contains(said.String(), "DATA RACE") {
-			t.Errorf("the orchestrator said:\n%s", &said)
-		}
-	})
-	return o
-}
-
-// stop sends a signal and waits for the end.
-func (o *process) stop(s syscall.Signal) {
-	o.t.Helper()
-	_ = o.cmd.Process.Signal(s) // gone already
-	select {
-	case <-o.ended:
-	case <-time.After(patience):
-		o.t.Error("the orchestrator does not end")
-		_ = o.cmd.Process.Kill()
-		<-o.ended
-	}
+	}, args...)...), "orchestrator started")}
 }
 
 // adminToken is that of the state directory.

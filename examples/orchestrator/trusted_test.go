@@ -35,9 +35,9 @@ jobs:
 			of := &pb.TailLogRequest_JobId{JobId: run.GetJobs()[0].GetId()}
 			arrived := func(p []byte) bool { return bytes.Contains(p, []byte("at the gate\n")) }
 			tail(ctx, t, c, &pb.TailLogRequest{Of: of, Follow: true}, arrived)
-			o.stop(how)
-			if how == syscall.SIGTERM && o.err != nil {
-				t.Errorf("after SIGTERM: %v", o.err)
+			o.Stop(how)
+			if how == syscall.SIGTERM && o.Err != nil {
+				t.Errorf("after SIGTERM: %v", o.Err)
 			}
 			if err := os.WriteFile(gate, nil, 0o600); err != nil {
 				t.Fatal(err)
@@ -53,7 +53,7 @@ jobs:
 			if done.GetState() != pb.RunState_RUN_STATE_SUCCEEDED || done.GetJobs()[0].GetAttempts() != 2 || done.GetJobs()[1].GetAttempts() != 1 {
 				t.Errorf("run %v", done)
 			}
-			o.stop(syscall.SIGTERM)
+			o.Stop(syscall.SIGTERM)
 			left, err := os.ReadDir(filepath.Join(dir, "machines"))
 			if err != nil || len(left) > 0 {
 				t.Errorf("left of the machines: %v, %v", left, err)
