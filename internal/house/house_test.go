@@ -101,6 +101,11 @@ func TestSeamsPullInNoDriver(t *testing.T) {
 		}
 		report(t, BannedDeps(p, heavy))
 	}
+	client := "solstice/orchestrator/client"
+	if _, ok := all[client]; !ok {
+		t.Errorf("package %s does not exist", client)
+	}
+	report(t, BannedDeps(all[client], append([]string{Module + "/solstice/agent"}, heavy...)))
 	for suite, area := range suites {
 		p, ok := all[suite]
 		if !ok {

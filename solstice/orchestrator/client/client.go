@@ -30,8 +30,9 @@ import (
 // DefaultServer is where an orchestrator listens that was told nothing else.
 const DefaultServer = "127.0.0.1:50051"
 
-// Config says how to reach an orchestrator; its zero value is one on this
-// machine that lets everybody in whose certificate it knows.
+// Config says how to reach an orchestrator; its zero value is one at
+// DefaultServer, whose certificate the system's authorities signed, without a
+// token.
 type Config struct {
 	// Server is HOST:PORT; empty: DefaultServer.
 	Server string

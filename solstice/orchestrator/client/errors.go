@@ -37,6 +37,9 @@ var (
 	// ErrInternal: the orchestrator failed; its log says why.
 	ErrInternal = errors.New("failed")
 
+	// ErrRefused: the server ended the connection, as it does when it does not
+	// accept the client's certificate.
+	ErrRefused = errors.New("the server refused the connection")
 	// ErrNotTLS: what answers at the server's address does not speak TLS.
 	ErrNotTLS = errors.New("the server does not speak TLS")
 )

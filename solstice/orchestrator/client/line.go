@@ -3,6 +3,8 @@ package client
 import (
 	"context"
 	"crypto/tls"
+	"errors"
+	"fmt"
 	"net"
 	"sync"
 	"time"
@@ -61,9 +63,27 @@ func (l *line) ClientHandshake(ctx context.Context, authority string, raw net.Co
 	conn, info, err := l.TransportCredentials.ClientHandshake(ctx, authority, raw)
 	if err != nil {
 		err = handshakeError(err)
+		l.set(err)
+		return nil, nil, err
 	}
-	l.set(err)
-	return conn, info, err
+	l.set(nil)
+	return alerted{conn, l}, info, nil
+}
+
+// alerted is a connection whose server may still refuse the client's
+// certificate: TLS 1.3 tells a client so after its handshake.
+type alerted struct {
+	net.Conn
+	l *line
+}
+
+// Read implements net.Conn.
+func (c alerted) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" { // a TLS alert
+		c.l.set(fmt.Errorf("%w: %w", ErrRefused, err))
+	}
+	return n, err
 }
 
 // Clone implements credentials.TransportCredentials.
