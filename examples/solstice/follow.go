@@ -3,27 +3,37 @@ package main
 import (
 	"context"
 	"fmt"
+	"iter"
 	"log/slog"
-	"os"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/term"
-
 	"github.com/solstice-ci/solstice-go/solstice"
 )
 
 const (
-	quietTick = 250 * time.Millisecond // how often to look for steps that say nothing
+	quietTick = 250 * time.Millisecond // how often to look for steps that say nothing,
+	askTick   = time.Second            // and to ask an orchestrator for them
 	rowTick   = 10 * time.Millisecond  // how often to look for the row of a step that speaks,
 	rowTries  = 100                    // and how many times
 )
 
-// follow prints what happens until all runs are over; an interrupt, the end of
-// ctx, cancels them. watch ends with the engine.
-func (c *runCmd) follow(ctx, watch context.Context, eng *solstice.Engine, runs []solstice.Run) (code int, err error) {
+// engine is what follow needs of one: [solstice.Engine] here, or an
+// orchestrator's elsewhere.
+type engine interface {
+	Watch(ctx context.Context, runID string) iter.Seq2[solstice.Run, error]
+	FollowJob(ctx context.Context, jobID string) iter.Seq2[solstice.JobChunk, error]
+	Steps(ctx context.Context, attemptID string) ([]solstice.Step, error)
+	Attempts(ctx context.Context, jobID string) ([]solstice.Attempt, error)
+}
+
+// naming gives the name that a job is shown under.
+type naming func(solstice.Run, solstice.Job) string
+
+// screenOf is a screen for the jobs of runs, and their names on it.
+func screenOf(o output, runs []solstice.Run) (*screen, naming) {
 	name := func(_ solstice.Run, j solstice.Job) string { return plain(j.Name) }
 	if len(runs) > 1 {
 		name = func(r solstice.Run, j solstice.Job) string { return plain(r.Workflow) + ": " + plain(j.Name) }
@@ -34,8 +44,13 @@ func (c *runCmd) follow(ctx, watch context.Context, eng *solstice.Engine, runs [
 			names = append(names, name(r, j))
 		}
 	}
-	out := newScreen(os.Stdout, !c.Plain && c.NoColor == "" && term.IsTerminal(int(os.Stdout.Fd())), names)
+	return o.screen(names...), name
+}
 
+// follow prints what happens until all runs are over; an interrupt, the end of
+// ctx, cancels them. watch ends with the engine.
+func (c *runCmd) follow(ctx, watch context.Context, eng *solstice.Engine, runs []solstice.Run) (int, error) {
+	out, name := screenOf(output{Plain: c.Plain, NoColor: c.NoColor}, runs)
 	cancelled := make(chan struct{})
 	uninterrupted := context.AfterFunc(ctx, func() {
 		defer close(cancelled)
@@ -51,18 +66,26 @@ func (c *runCmd) follow(ctx, watch context.Context, eng *solstice.Engine, runs [
 			<-cancelled
 		}
 	}()
+	return follow(watch, out, name, eng, quietTick, runs)
+}
 
+// follow prints what happens until all runs are over, and gives the exit status
+// that is due then. Each tick it asks for steps that say nothing.
+func follow(ctx context.Context, out *screen, name naming, eng engine, tick time.Duration, runs []solstice.Run) (code int, err error) {
 	var (
 		wg       sync.WaitGroup
 		mu       sync.Mutex
 		failures = map[string]failure{}
 	)
+	ctx, cancel := context.WithCancel(ctx)
+	defer wg.Wait()
+	defer cancel()
 	for _, r := range runs {
 		out.printf("%s %s", out.bold(plain(r.Workflow)), out.faint(fmt.Sprintf("(%s at %.12s)", plain(r.WorkflowPath), r.Commit)))
 	}
 	for _, r := range runs {
 		for _, j := range r.Jobs {
-			v := &jobView{ctx: watch, eng: eng, job: j.ID, w: out.job(name(r, j))}
+			v := &jobView{ctx: ctx, eng: eng, tick: tick, job: j.ID, w: out.job(name(r, j))}
 			wg.Go(func() {
 				f := v.follow()
 				mu.Lock()
@@ -71,10 +94,9 @@ func (c *runCmd) follow(ctx, watch context.Context, eng *solstice.Engine, runs [
 			})
 		}
 	}
-	defer wg.Wait() // ends at the latest with watch
 	ended := make([]solstice.Run, len(runs))
 	for i, r := range runs {
-		for now, err := range eng.Watch(watch, r.ID) {
+		for now, err := range eng.Watch(ctx, r.ID) {
 			if err != nil {
 				return 0, fmt.Errorf("cannot follow run %s: %w", r.ID, err)
 			}
@@ -84,13 +106,7 @@ func (c *runCmd) follow(ctx, watch context.Context, eng *solstice.Engine, runs [
 	wg.Wait()
 	for _, r := range ended {
 		out.summary(r, name, failures)
-		switch r.State {
-		case solstice.RunSucceeded, solstice.RunSkipped:
-		case solstice.RunErrored:
-			code = exitCouldNotRun
-		default:
-			code = max(code, exitFailed)
-		}
+		code = worse(code, r)
 	}
 	return code, nil
 }
@@ -98,10 +114,11 @@ func (c *runCmd) follow(ctx, watch context.Context, eng *solstice.Engine, runs [
 // jobView prints one job: its log, and a line of our own where a step begins or
 // ends.
 type jobView struct {
-	ctx context.Context
-	eng *solstice.Engine
-	job string
-	w   *jobWriter
+	ctx  context.Context
+	eng  engine
+	tick time.Duration
+	job  string
+	w    *jobWriter
 
 	attempt string
 	printed int64 // offset in the attempt's log
@@ -123,7 +140,7 @@ func (v *jobView) follow() failure {
 			chunks <- c
 		}
 	}()
-	tick := time.NewTicker(quietTick)
+	tick := time.NewTicker(v.tick)
 	defer tick.Stop()
 	for {
 		select {
@@ -133,7 +150,7 @@ func (v *jobView) follow() failure {
 				continue
 			}
 			v.finish()
-			if broken != nil {
+			if broken != nil && v.ctx.Err() == nil {
 				v.w.note("log not readable: %v", broken)
 			}
 			return v.failure
@@ -146,7 +163,7 @@ func (v *jobView) follow() failure {
 func (v *jobView) chunk(c solstice.JobChunk) {
 	if c.Begin {
 		v.finish()
-		*v = jobView{ctx: v.ctx, eng: v.eng, job: v.job, w: v.w, attempt: c.Attempt.ID}
+		*v = jobView{ctx: v.ctx, eng: v.eng, tick: v.tick, job: v.job, w: v.w, attempt: c.Attempt.ID}
 		if c.Attempt.Number > 1 {
 			v.w.note("attempt %d", c.Attempt.Number)
 		}

@@ -1,5 +1,6 @@
-// Command solstice runs and checks workflows. It is thin: everything it does is
-// in the packages it imports, none of them internal, so it can be copied.
+// Command solstice runs and checks workflows, and talks to orchestrators. It is
+// thin: everything it does is in the packages it imports, none of them internal,
+// so it can be copied.
 package main
 
 import (
@@ -10,8 +11,25 @@ import (
 )
 
 type cli struct {
-	Run  runCmd  `cmd:"" help:"Run this repository's workflow on this machine."`
-	Lint lintCmd `cmd:"" help:"Check workflow files and report every problem at once."`
+	Run  runCmd  `cmd:"" group:"On this machine" help:"Run this repository's workflow on this machine."`
+	Lint lintCmd `cmd:"" group:"On this machine" help:"Check workflow files and report every problem at once."`
+
+	Enqueue  enqueueCmd  `cmd:"" group:"At an orchestrator" help:"Have an orchestrator run this repository's workflow."`
+	Status   statusCmd   `cmd:"" group:"At an orchestrator" help:"List runs, or show one with its jobs."`
+	Logs     logsCmd     `cmd:"" group:"At an orchestrator" help:"Print the log of a job, an attempt or a run."`
+	Cancel   cancelCmd   `cmd:"" group:"At an orchestrator" help:"End a run."`
+	Rerun    rerunCmd    `cmd:"" group:"At an orchestrator" help:"Make a new run of one that is over."`
+	Approve  approveCmd  `cmd:"" group:"At an orchestrator" help:"Let a run begin that awaits approval."`
+	Pools    poolsCmd    `cmd:"" group:"At an orchestrator" help:"List the pools, and what is in use."`
+	Machines machinesCmd `cmd:"" group:"At an orchestrator" help:"List the machines."`
+	Token    tokenCmd    `cmd:"" group:"At an orchestrator" help:"Make, list and revoke tokens."`
+
+	Migrate     migrateCmd     `cmd:"" group:"For operators" help:"Change the schema of a database."`
+	Refresh     refreshCmd     `cmd:"" group:"For operators" help:"For development: empty a database."`
+	RunnerServe runnerServeCmd `cmd:"" group:"For operators" help:"Serve agents for guests to download."`
+
+	Completion completionCmd `cmd:"" help:"Print a script that completes this program's commands in a shell."`
+	Complete   completeCmd   `cmd:"" hidden:"" name:"__complete"`
 }
 
 // env is what commands get besides their flags.
@@ -19,8 +37,8 @@ type env struct{ ctx context.Context }
 
 // Exit codes.
 const (
-	exitFailed      = daemon.ExitFailure
-	exitCouldNotRun = daemon.ExitUsage
+	exitFailed      = daemon.ExitFailure // a job did, or there is no such thing
+	exitCouldNotRun = daemon.ExitUsage   // nothing was done, or it is not known what was
 	exitInterrupted = daemon.ExitInterrupted
 )
 
@@ -31,7 +49,7 @@ func main() {
 		var flags cli
 		cmd, err := daemon.Parse(&flags, daemon.Program{
 			Name:        "solstice",
-			Description: "CI jobs on throw-away machines: run a workflow here, or check one.",
+			Description: "CI jobs on throw-away machines: run a workflow here, or at an orchestrator.",
 		})
 		if err != nil {
 			return err

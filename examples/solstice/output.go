@@ -75,6 +75,13 @@ func (s *screen) printf(format string, args ...any) {
 	_, _ = fmt.Fprintln(s.w, line) // nobody is left to tell when it fails
 }
 
+// clear makes a terminal's screen empty.
+func (s *screen) clear() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, _ = io.WriteString(s.w, "\x1b[H\x1b[2J\x1b[3J")
+}
+
 // job makes the writer of one job's lines.
 func (s *screen) job(name string) *jobWriter {
 	colour := palette[s.next%len(palette)]
@@ -145,7 +152,7 @@ var marks = map[string]struct {
 func (s *screen) mark(state string) string {
 	m, ok := marks[state]
 	if !ok {
-		return "?"
+		return "·" // it is not over
 	}
 	return s.bold(s.paint(m.sign, m.colour))
 }
@@ -173,7 +180,7 @@ type failure struct {
 
 // summary says what became of a run, and of each job that failed the step and
 // its last lines.
-func (s *screen) summary(r solstice.Run, name func(solstice.Run, solstice.Job) string, failures map[string]failure) {
+func (s *screen) summary(r solstice.Run, name naming, failures map[string]failure) {
 	s.printf("")
 	s.printf("%s %s %s %s", s.mark(string(r.State)), s.bold(plain(r.Workflow)), words(string(r.State)),
 		s.faint(prefixed("in ", duration(r.CreatedAt, r.FinishedAt))))

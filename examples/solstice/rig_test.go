@@ -37,15 +37,18 @@ func TestMain(m *testing.M) {
 }
 
 // binary builds the program, once, when the first test wants it.
-var binary = sync.OnceValues(func() (string, error) {
-	name := filepath.Join(scratch, "solstice")
-	cmd := exec.Command("go", "build", "-o", name, ".")
+var binary = sync.OnceValues(func() (string, error) { return build("solstice") })
+
+// build makes one of the examples.
+func build(program string) (string, error) {
+	name := filepath.Join(scratch, program)
+	cmd := exec.Command("go", "build", "-o", name, "../"+program)
 	cmd.Env = environ("CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}
 	return name, nil
-})
+}
 
 // environ is what the tool chain needs, and more.
 func environ(more ...string) []string {
@@ -62,6 +65,7 @@ type user struct {
 	t   *testing.T
 	dir string // current directory
 	tmp string
+	env []string // on top of what everybody has
 }
 
 func newUser(t *testing.T, dir string) *user {
@@ -78,7 +82,7 @@ func (u *user) command(args ...string) *exec.Cmd {
 	ctx, cancel := context.WithTimeout(u.t.Context(), patience)
 	u.t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, exe, args...)
-	cmd.Dir, cmd.Env = u.dir, environ("TMPDIR="+u.tmp)
+	cmd.Dir, cmd.Env = u.dir, environ(append(u.env, "TMPDIR="+u.tmp)...)
 	return cmd
 }
 

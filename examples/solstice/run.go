@@ -18,7 +18,6 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
 	"github.com/solstice-ci/solstice-go/solstice/daemon/storage"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
-	"github.com/solstice-ci/solstice-go/solstice/workflow"
 	"github.com/solstice-ci/solstice-go/vmprovider/processvm"
 )
 
@@ -264,18 +263,4 @@ func (c *runCmd) submit(ctx context.Context, eng *solstice.Engine, src source, l
 			strings.Join(pools, " ")+" runs them as processes of this machine")
 	}
 	return runs, nil
-}
-
-// refused shows what there is to say about the workflow files, and is an error
-// when one of them cannot be run.
-func refused(runs []solstice.Run) error {
-	bad := false
-	for _, r := range runs {
-		fmt.Fprint(os.Stderr, workflow.Diagnostics(r.Diagnostics))
-		bad = bad || r.State == solstice.RunErrored
-	}
-	if !bad {
-		return nil
-	}
-	return problem("nothing was run, because of the errors above", nil, "correct the workflow file, or the flags; see docs/workflows.md")
 }

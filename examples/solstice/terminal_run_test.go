@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
-	"io"
 	"os"
 	"os/exec"
 	"runtime"
@@ -12,8 +11,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-
-	"github.com/creack/pty"
 )
 
 const hostile = `
@@ -41,21 +38,10 @@ func TestTerminal(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			u := newUser(t, dir)
-			cmd := u.command(append([]string{"run"}, c.args...)...)
-			cmd.Env = append(cmd.Env, c.env)
-			tty, err := pty.Start(cmd)
-			if err != nil {
-				t.Fatal(err)
+			if c.env != "" {
+				u.env = []string{c.env}
 			}
-			defer tty.Close()
-			b, err := io.ReadAll(tty)
-			if err != nil && !errors.Is(err, syscall.EIO) { // how Linux says that nobody has it open any more
-				t.Fatal(err)
-			}
-			if err := cmd.Wait(); err != nil {
-				t.Error(err)
-			}
-			out := string(b)
+			out := u.onTerminal(append([]string{"run"}, c.args...)...)
 			has(t, "terminal", out, "▸ escape", "green", "terminal")
 			if got := strings.Contains(out, "\x1b["); got != c.colours {
 				t.Errorf("colours: %v", got)

@@ -1,0 +1,140 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/charmbracelet/lipgloss"
+	"golang.org/x/term"
+)
+
+// output are the flags of commands that show something.
+type output struct {
+	JSON    bool   `name:"json" group:"Output" help:"Print JSON; see docs/cli.md."`
+	Plain   bool   `group:"Output" help:"No colours, also on a terminal."`
+	NoColor string `hidden:"" env:"NO_COLOR"` // https://no-color.org: anything but empty
+}
+
+func (o output) screen(names ...string) *screen {
+	return newScreen(os.Stdout, !o.Plain && o.NoColor == "" && isTerminal(), names)
+}
+
+func isTerminal() bool { return term.IsTerminal(int(os.Stdout.Fd())) }
+
+// document prints one JSON document.
+func document(v any) error {
+	enc := json.NewEncoder(os.Stdout)
+	enc.SetIndent("", "  ")
+	return printed(enc.Encode(v))
+}
+
+// line prints one of several JSON documents.
+func line(v any) error { return printed(json.NewEncoder(os.Stdout).Encode(v)) }
+
+func printed(err error) error {
+	if err != nil {
+		return unable("cannot print", err, "")
+	}
+	return nil
+}
+
+// table aligns columns; cells may be coloured.
+type table struct{ rows [][]string }
+
+func (t *table) row(cells ...string) { t.rows = append(t.rows, cells) }
+
+func (t *table) print(s *screen, indent string) {
+	var widths []int
+	for _, r := range t.rows {
+		for i, c := range r {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], lipgloss.Width(c))
+		}
+	}
+	for _, r := range t.rows {
+		var b strings.Builder
+		b.WriteString(indent)
+		for i, c := range r {
+			b.WriteString(c)
+			if i < len(r)-1 {
+				b.WriteString(strings.Repeat(" ", widths[i]-lipgloss.Width(c)+2))
+			}
+		}
+		s.printf("%s", b.String())
+	}
+}
+
+// header is a table's first row.
+func (s *screen) header(t *table, names ...string) {
+	for i, n := range names {
+		names[i] = s.faint(n)
+	}
+	t.row(names...)
+}
+
+// state is a state in words and colour.
+func (s *screen) state(state string) string {
+	if m, ok := marks[state]; ok {
+		return s.paint(words(state), m.colour)
+	}
+	return words(state)
+}
+
+// age is how long ago something was, roughly.
+func age(t, now time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return span(now.Sub(t))
+}
+
+func span(d time.Duration) string {
+	d = max(d, 0)
+	for _, u := range []struct {
+		unit time.Duration
+		name string
+		till time.Duration
+	}{{time.Second, "s", 2 * time.Minute}, {time.Minute, "m", 2 * time.Hour}, {time.Hour, "h", 48 * time.Hour}} {
+		if d < u.till {
+			return fmt.Sprintf("%d%s", d/u.unit, u.name)
+		}
+	}
+	return fmt.Sprintf("%dd", d/(24*time.Hour))
+}
+
+// shortest is how much of an ID is shown at least: of the time of its making
+// all but a fraction of a millisecond.
+const shortest = 13
+
+// short gives as much of each ID as tells it from all others.
+func short(ids ...string) map[string]string {
+	out := map[string]string{}
+	for _, id := range ids {
+		n := shortest
+		for _, other := range ids {
+			if other != id {
+				n = max(n, common(id, other)+1)
+			}
+		}
+		out[id] = id[:min(n, len(id))]
+	}
+	return out
+}
+
+func common(a, b string) int {
+	n := 0
+	for n < len(a) && n < len(b) && a[n] == b[n] {
+		n++
+	}
+	return n
+}
+
+// note tells a person something beside what was asked for.
+func note(format string, args ...any) {
+	_, _ = fmt.Fprintf(os.Stderr, format+"\n", args...) // nobody is left to tell when it fails
+}
