@@ -16,7 +16,7 @@
 //   - solstice/agent: what runs in the machine. solstice/api: its protocol.
 //   - solstice/logstream: logs that are appended at offsets, followed and sealed.
 //   - solstice/orchestrator: the engine as a service for people and programs, with
-//     tokens and roles.
+//     tokens and roles; its client in the package below it.
 //   - solstice/daemon, solstice/telemetry: what a main is made of.
 //   - queue, blobstore, vmprovider, forge: the seams. Each is an interface, with
 //     helpers that every user needs, drivers in packages below it, and a
