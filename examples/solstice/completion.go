@@ -17,7 +17,7 @@ func (completionCmd) Help() string {
 	return `Prints a script for the shell, to be read at its start:
 
   bash: source <(solstice completion bash)
-  zsh:  source <(solstice completion zsh)
+  zsh:  source <(solstice completion zsh), after compinit
   fish: solstice completion fish | source`
 }
 

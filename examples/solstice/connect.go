@@ -140,7 +140,7 @@ func (c *connection) explain(what string, err error) error {
 	case errors.Is(err, client.ErrUnknownMethod):
 		advice = "correct --server, or use a client of the orchestrator's version"
 	case errors.Is(err, client.ErrUnavailable), errors.Is(err, client.ErrTimeout):
-		what, advice = what+": no answer from "+c.Server, c.unreachable(err)
+		what, advice = what+": the orchestrator at "+c.Server+" is not available", c.unreachable(err)
 	}
 	return &daemon.ExitError{Code: code, Err: problem(what, err, advice)}
 }

@@ -135,7 +135,7 @@ func (c *logsCmd) one(ctx context.Context, eng remote, job solstice.Job, attempt
 		w = newLineWriter(os.Stdout, c.screen().colour != nil)
 	}
 	stamps := &stamper{w: w}
-	first, any := true, attempt != ""
+	first, begun := true, attempt != ""
 	for p, err := range eng.tail(ctx, req) {
 		switch {
 		case errors.Is(err, client.ErrInvalid):
@@ -145,7 +145,7 @@ func (c *logsCmd) one(ctx context.Context, eng remote, job solstice.Job, attempt
 		case c.JSON:
 			err = lineOfLog(p, job, attempt)
 		case p.Begin:
-			any = true
+			begun = true
 			if !first {
 				note("%s: attempt %d", plain(job.Name), p.Attempt.Number)
 			}
@@ -162,16 +162,16 @@ func (c *logsCmd) one(ctx context.Context, eng remote, job solstice.Job, attempt
 	if err := w.Close(); err != nil {
 		return printed(err)
 	}
-	return c.afterwards(ctx, eng, job, any)
+	return c.afterwards(ctx, eng, job, begun)
 }
 
 // afterwards says what the log itself does not.
-func (c *logsCmd) afterwards(ctx context.Context, eng remote, job solstice.Job, printed bool) error {
+func (c *logsCmd) afterwards(ctx context.Context, eng remote, job solstice.Job, begun bool) error {
 	resp, err := eng.c.GetJob(ctx, &pb.GetJobRequest{JobId: job.ID})
 	if err != nil {
 		return c.explain("cannot tell whether the log is whole", err)
 	}
-	if now := jobOf(resp.GetJob()); !printed && now.Attempts == 0 && now.CopiedFrom == "" {
+	if now := jobOf(resp.GetJob()); !begun && now.Attempts == 0 && now.CopiedFrom == "" {
 		why := firstOf(resp.GetWaiting().GetMessage(), now.Reason)
 		note("%s has no log: it is %s", plain(now.Name), words(string(now.State))+prefixed(", ", plain(why)))
 	}

@@ -49,7 +49,7 @@ jobs:
 		t.Errorf("a follower that must not try again: exit status %d", code)
 	}
 	<-impatient.eof
-	has(t, "impatient", impatient.output(), "error: cannot read the log: no answer from")
+	has(t, "impatient", impatient.output(), "error: cannot read the log: the orchestrator at")
 	r := u.solstice("status")
 	has(t, "while it is away", r.stderr, "connection refused", "start the orchestrator")
 	r.want(t, 2)
