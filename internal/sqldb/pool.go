@@ -130,8 +130,11 @@ var _ io.Closer = (*pool)(nil)
 
 // acquire takes one of s's tokens, in order of arrival.
 func acquire(ctx context.Context, s *semaphore.Weighted, timeout time.Duration) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	if s.TryAcquire(1) { // only when nobody waits
-		return ctx.Err()
+		return nil
 	}
 	wctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
