@@ -324,8 +324,9 @@ func (m *mortal) Delete(ctx context.Context, stream string) error {
 }
 
 // BeforeQuery implements bun.QueryHook.
-func (m *mortal) BeforeQuery(ctx context.Context, _ *bun.QueryEvent) context.Context {
-	if m.alive() {
+func (m *mortal) BeforeQuery(ctx context.Context, q *bun.QueryEvent) context.Context {
+	// To die before BEGIN is to die before the statement after it.
+	if q.Query == "BEGIN" || m.alive() {
 		return ctx
 	}
 	dead, cancel := context.WithCancelCause(ctx)
