@@ -65,6 +65,9 @@ func (r runDetails) print(out *screen) {
 	if r.Reason != "" {
 		about.row(out.faint("because"), plain(r.Reason))
 	}
+	if r.LogsRemoved {
+		about.row(out.faint("logs"), "removed by retention")
+	}
 	about.print(out, "  ")
 	for _, d := range r.Diagnostics {
 		for l := range strings.Lines(d.String()) {

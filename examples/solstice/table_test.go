@@ -22,7 +22,7 @@ func TestWhyAnAttemptFailed(t *testing.T) {
 		return attemptDetails{Attempt: solstice.Attempt{Number: n, Class: class, Reason: reason, Console: console, LogLost: lost}}
 	}
 	details := runDetails{
-		Run: solstice.Run{ID: "0193abcd-1234-7001", State: solstice.RunErrored, Workflow: "w", WorkflowPath: "w.yaml", Reason: "a job was errored", CreatedAt: at, FinishedAt: at.Add(time.Minute)},
+		Run: solstice.Run{ID: "0193abcd-1234-7001", State: solstice.RunErrored, Workflow: "w", WorkflowPath: "w.yaml", Reason: "a job was errored", LogsRemoved: true, CreatedAt: at, FinishedAt: at.Add(time.Minute)},
 		Jobs: []jobDetails{{
 			Job: solstice.Job{ID: "0193abcd-1234-7002", Name: "illumos\x1b[2J", State: solstice.JobErrored, Class: solstice.ClassBoot, Reason: "gave up"},
 			AttemptList: []attemptDetails{
@@ -42,6 +42,7 @@ func TestWhyAnAttemptFailed(t *testing.T) {
   of         at
   workflow  w.yaml,
   because   a job was errored
+  logs      removed by retention
 
      JOB      STATE    TOOK  ID
   !  illumos  errored        0193abcd-1234-7002  gave up

@@ -493,7 +493,8 @@ type Run struct {
 	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	StartedAt     *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
 	FinishedAt    *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=finished_at,json=finishedAt,proto3" json:"finished_at,omitempty"`
-	Jobs          []*Job                 `protobuf:"bytes,16,rep,name=jobs,proto3" json:"jobs,omitempty"` // in the plan's order; only where a method says so
+	Jobs          []*Job                 `protobuf:"bytes,16,rep,name=jobs,proto3" json:"jobs,omitempty"`                                   // in the plan's order; only where a method says so
+	LogsRemoved   bool                   `protobuf:"varint,17,opt,name=logs_removed,json=logsRemoved,proto3" json:"logs_removed,omitempty"` // by retention
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -638,6 +639,13 @@ func (x *Run) GetJobs() []*Job {
 		return x.Jobs
 	}
 	return nil
+}
+
+func (x *Run) GetLogsRemoved() bool {
+	if x != nil {
+		return x.LogsRemoved
+	}
+	return false
 }
 
 // A problem in a workflow file.
@@ -3145,7 +3153,7 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x04Repo\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
-	"\x03url\x18\x03 \x01(\tR\x03url\"\xfb\x04\n" +
+	"\x03url\x18\x03 \x01(\tR\x03url\"\x9e\x05\n" +
 	"\x03Run\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x128\n" +
 	"\x05state\x18\x02 \x01(\x0e2\".solstice.orchestrator.v1.RunStateR\x05state\x12\x14\n" +
@@ -3166,7 +3174,8 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"started_at\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12;\n" +
 	"\vfinished_at\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"finishedAt\x121\n" +
-	"\x04jobs\x18\x10 \x03(\v2\x1d.solstice.orchestrator.v1.JobR\x04jobs\"\x9a\x01\n" +
+	"\x04jobs\x18\x10 \x03(\v2\x1d.solstice.orchestrator.v1.JobR\x04jobs\x12!\n" +
+	"\flogs_removed\x18\x11 \x01(\bR\vlogsRemoved\"\x9a\x01\n" +
 	"\n" +
 	"Diagnostic\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x12\n" +
