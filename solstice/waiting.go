@@ -104,7 +104,7 @@ func (e *Engine) waitsForMachine(ctx context.Context, j *store.Job) (Waiting, er
 	switch {
 	case w.Ahead > 0:
 		w.Reason = WaitBehind
-		w.Message = fmt.Sprintf("%s for the label %q come first; %s", count(w.Ahead, "job"), j.Label, strings.Join(use, ", "))
+		w.Message = fmt.Sprintf("behind %s for the label %q; %s", count(w.Ahead, "job"), j.Label, strings.Join(use, ", "))
 	case room == 0:
 		w.Reason, w.Message = WaitPoolFull, "it is next, and there is no room: "+strings.Join(use, ", ")
 	default:
