@@ -98,8 +98,11 @@ jobs:
 		if err != nil || len(some) != 1 || some[0].ID != r.ID {
 			t.Errorf("runs of the commit: %+v, %v", some, err)
 		}
-		if _, err := eng.Runs(t.Context(), solstice.RunFilter{Repo: "repo"}); !errors.Is(err, solstice.ErrInvalid) {
-			t.Errorf("a repository without its forge: %v", err)
+		if same, err := eng.Runs(t.Context(), solstice.RunFilter{Repo: "repo", Commit: r.Commit}); err != nil || !slices.ContainsFunc(same, func(o solstice.Run) bool { return o.ID == r.ID }) {
+			t.Errorf("runs of a repository of the only forge: %+v, %v", same, err)
+		}
+		if _, err := eng.Runs(t.Context(), solstice.RunFilter{Ref: "refs/heads/main"}); !errors.Is(err, solstice.ErrInvalid) {
+			t.Errorf("a ref without its repository: %v", err)
 		}
 
 		if err := eng.Cancel(t.Context(), nowhere.ID, ""); err != nil {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"syscall"
@@ -67,9 +68,16 @@ func RunBootstrap(ctx context.Context, file string, logger *slog.Logger) error {
 	}
 	cfg.Logger = logger
 	cfg.Dedicated = true
-	debug.SetGCPercent(400) // a short job ends before there is anything to collect
+	collectLate()
 	cfg.Version = buildVersion()
 	return Run(ctx, cfg)
+}
+
+// collectLate puts the first garbage collection off, which most jobs then never
+// come to; after it collections come as usual.
+func collectLate() {
+	usual := debug.SetGCPercent(400)
+	runtime.AddCleanup(new(struct{ _ *int }), func(usual int) { debug.SetGCPercent(usual) }, usual)
 }
 
 // buildVersion is the version of this program, empty where it has none.

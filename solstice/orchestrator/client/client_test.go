@@ -35,19 +35,29 @@ const patience = time.Minute
 // next.
 type fake struct {
 	pb.UnimplementedOrchestratorServiceServer
-	getRun func(context.Context) error
 
-	mu    sync.Mutex
-	tails []func(*pb.TailLogRequest, grpc.ServerStreamingServer[pb.TailLogResponse]) error
-	runs  []func(grpc.ServerStreamingServer[pb.WatchRunResponse]) error
-	asked []*pb.TailLogRequest
+	mu     sync.Mutex
+	getRun func(context.Context) error
+	tails  []func(*pb.TailLogRequest, grpc.ServerStreamingServer[pb.TailLogResponse]) error
+	runs   []func(grpc.ServerStreamingServer[pb.WatchRunResponse]) error
+	asked  []*pb.TailLogRequest
 }
 
 func (f *fake) GetRun(ctx context.Context, _ *pb.GetRunRequest) (*pb.GetRunResponse, error) {
-	if f.getRun != nil {
-		return nil, f.getRun(ctx)
+	f.mu.Lock()
+	answer := f.getRun
+	f.mu.Unlock()
+	if answer != nil {
+		return nil, answer(ctx)
 	}
 	return &pb.GetRunResponse{}, nil
+}
+
+// answer is how GetRun ends from now on.
+func (f *fake) answer(with func(context.Context) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.getRun = with
 }
 
 func next[T any](f *fake, scripts *[]T) (s T, err error) {
@@ -147,11 +157,11 @@ func (r *rig) dial(cfg client.Config) *client.Client {
 
 func TestTokenAndDeadline(t *testing.T) {
 	r := newRig(t)
-	r.fake.getRun = func(ctx context.Context) error {
+	r.fake.answer(func(ctx context.Context) error {
 		md, _ := metadata.FromIncomingContext(ctx)
 		until, ok := ctx.Deadline()
 		return status.Errorf(codes.NotFound, "%v %v %v", md.Get("authorization"), ok, time.Until(until) <= 7*time.Second)
-	}
+	})
 	for _, c := range []struct {
 		cfg  client.Config
 		want string
@@ -164,13 +174,13 @@ func TestTokenAndDeadline(t *testing.T) {
 			t.Errorf("the server saw %v, want %s", err, c.want)
 		}
 	}
-	r.fake.getRun = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	r.fake.answer(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
 	c := r.dial(client.Config{Timeout: 50 * time.Millisecond})
 	if _, err := c.GetRun(t.Context(), &pb.GetRunRequest{}); !errors.Is(err, client.ErrTimeout) {
 		t.Errorf("a server that does not answer: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	r.fake.getRun = func(ctx context.Context) error { cancel(); <-ctx.Done(); return ctx.Err() }
+	r.fake.answer(func(ctx context.Context) error { cancel(); <-ctx.Done(); return ctx.Err() })
 	if _, err := r.dial(client.Config{}).GetRun(ctx, &pb.GetRunRequest{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
@@ -184,7 +194,7 @@ func TestKinds(t *testing.T) {
 		codes.Unauthenticated: client.ErrUnauthenticated, codes.PermissionDenied: client.ErrPermission, codes.ResourceExhausted: client.ErrTooMuch,
 		codes.Unavailable: client.ErrUnavailable, codes.Unimplemented: client.ErrUnknownMethod, codes.Internal: client.ErrInternal, codes.Unknown: client.ErrInternal,
 	} {
-		r.fake.getRun = func(context.Context) error { return status.Error(code, "so it is") }
+		r.fake.answer(func(context.Context) error { return status.Error(code, "so it is") })
 		_, err := c.GetRun(t.Context(), &pb.GetRunRequest{})
 		if e, ok := errors.AsType[*client.Error](err); !ok || !errors.Is(err, want) || e.Cause != nil || err.Error() != "so it is" || status.Code(err) != code {
 			t.Errorf("%s: %v", code, err)
