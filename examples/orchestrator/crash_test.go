@@ -81,7 +81,8 @@ func wait(ctx context.Context, d time.Duration) {
 func (c *crash) upTo(d time.Duration) time.Duration { return time.Duration(c.rand.Int64N(int64(d))) }
 
 // atRandom waits for an instant of a process's life: while it starts, soon after
-// it did, when it recovers, or later, when it works.
+// it did, when it recovers, or later, when it works, at the latest soon after a
+// job has begun or ended: on a slow machine none would otherwise.
 func atRandom(ctx context.Context, c *crash, v *process) {
 	if c.rand.IntN(4) == 0 {
 		wait(ctx, c.upTo(500*time.Millisecond))
@@ -93,11 +94,16 @@ func atRandom(ctx context.Context, c *crash, v *process) {
 		return
 	case <-ctx.Done():
 	}
-	if c.rand.IntN(4) == 0 {
+	switch c.rand.IntN(4) {
+	case 0:
 		wait(ctx, c.upTo(100*time.Millisecond))
-		return
+	case 1:
+		bounded, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		whenNoted(bounded, c, v)
+	default:
+		wait(ctx, c.upTo(1500*time.Millisecond))
 	}
-	wait(ctx, c.upTo(1500*time.Millisecond))
 }
 
 // run kills n times under load, lets the last orchestrator bring everything to

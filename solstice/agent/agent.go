@@ -23,6 +23,9 @@ import (
 const (
 	retryFirst = 50 * time.Millisecond
 	retryLimit = 10 * time.Second
+	// returnLimit is the longest pause of an agent that has lost its server: a
+	// job's log stands still as long when the server is back.
+	returnLimit = 2 * time.Second
 )
 
 // An agent is one Run.
@@ -255,7 +258,7 @@ func (a *agent) watchDeadline(ctx context.Context) {
 // serve keeps a session open until the job is over, ctx ends or the server
 // dismisses the agent. It closes conn.
 func (a *agent) serve(ctx context.Context, conn clientConn) error {
-	retry := backoff{first: retryFirst, limit: min(retryLimit, max(a.deadline/20, retryFirst))}
+	retry := backoff{first: retryFirst, limit: min(returnLimit, max(a.deadline/20, retryFirst))}
 	for {
 		contact := a.contacts.current()
 		var err error
