@@ -85,3 +85,54 @@ func TestAttachedMeanwhile(t *testing.T) {
 	}
 	finish(t, eng, r.ID)
 }
+
+// halfMade is a provider whose machines look as if their creator had died over
+// them.
+type halfMade struct {
+	vmprovider.Provider
+	lists atomic.Int32
+}
+
+func (*halfMade) As(any) bool { return false }
+
+func (h *halfMade) List(ctx context.Context, o vmprovider.ListOptions) iter.Seq2[vmprovider.Instance, error] {
+	h.lists.Add(1)
+	return func(yield func(vmprovider.Instance, error) bool) {
+		for inst, err := range h.Provider.List(ctx, o) {
+			inst.State = vmprovider.StateLeftover
+			if !yield(inst, err) {
+				return
+			}
+		}
+	}
+}
+
+// TestHalfMadeMachineWorks: a machine whose creator was killed before it could
+// note that it is complete runs its job, also while no engine has its agent.
+func TestHalfMadeMachineWorks(t *testing.T) {
+	p := newPlant(t, testenv.SQLite(t))
+	boots := make(chan vmprovider.Bootstrap, 8)
+	vms := memvm.New(memvm.Config{Script: func(s vmprovider.Spec) memvm.Script { boots <- s.Bootstrap; return memvm.Script{} }})
+	t.Cleanup(func() { _ = vms.Close() })
+	eng, stop := p.start(t, func(c *solstice.Config) { c.Pools[0].Provider = vms })
+	r := p.submit(t, eng, "jobs: { a: { steps: [ { run: 'true' } ] } }\n")
+	g := newGuest(t, <-boots)
+	reply, err := g.enroll(g.boot.Token, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := g.attach(reply.GetSessionCredential(), &agentv1.Hello{}); err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	next := &halfMade{Provider: vms}
+	eng, _ = p.start(t, func(c *solstice.Config) { c.Pools[0].Provider = next })
+	eventually(t, "the next engine's sweeps", func() bool { return next.lists.Load() >= 3 })
+	as, err := eng.Attempts(t.Context(), r.Jobs[0].ID)
+	if err != nil || len(as) != 1 || as[0].State.Terminal() {
+		t.Errorf("attempts %+v, %v", as, err)
+	}
+	if err := eng.Cancel(t.Context(), r.ID, "over"); err != nil {
+		t.Fatal(err)
+	}
+}

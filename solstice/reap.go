@@ -303,8 +303,12 @@ func (p *pool) sweep(ctx context.Context) error {
 			if _, err := p.Provider.Get(ctx, m.ID); errors.Is(err, vmprovider.ErrNotFound) {
 				p.over(ctx, m, "its machine is gone")
 			}
-		case inst.State == vmprovider.StateStopped || inst.State == vmprovider.StateLeftover && !live:
+		case inst.State == vmprovider.StateStopped:
 			p.over(ctx, m, "its machine stopped")
+		case inst.State == vmprovider.StateLeftover && !live && m.State != store.MachineBound:
+			// Whoever made it died over it. One that has an agent with a job was
+			// complete enough: whether that agent lives, its silence says.
+			p.over(ctx, m, "its machine was not completed")
 		case m.State == store.MachineReady && (now-m.ReadyAt > p.WarmMaxAge.Microseconds() || !live):
 			// Too old, or its agent did not find another engine.
 			if !live && now-m.ContactAt < (e.cfg.Timing.AgentDeadline+e.cfg.Timing.DeadlineMargin).Microseconds() {

@@ -225,12 +225,19 @@ func (h *history) check(ctx context.Context) []string {
 		}
 		for _, name := range jobNames(key) {
 			if did, err := os.ReadFile(filepath.Join(h.out, name)); string(did) != "begin\nend\n" {
-				h.violation("%s did not run once: %q, %v", name, did, err)
+				h.violation("%s did not run once: %q, %v\n%s", name, did, err, h.lost(ctx, a.id, db))
 			}
 		}
 	}
 	h.checkLeft()
 	return h.found
+}
+
+// lost tells of the attempts of a run that were given up.
+func (h *history) lost(ctx context.Context, run string, db *bun.DB) string {
+	var attempts []struct{ MachineID, Class, Reason, Console string }
+	err := db.NewRaw("SELECT machine_id, class, reason, console FROM attempts WHERE run_id = ? AND state = 'lost'", run).Scan(ctx, &attempts)
+	return fmt.Sprintf("given up: %+v, %v", attempts, err)
 }
 
 // checkRun compares what was seen of a run with what is stored, and with what
