@@ -177,6 +177,12 @@ func (p *pool) watchLoop(ctx context.Context) {
 // had sent is let through first.
 func (p *pool) stopped(ctx context.Context, id, reason string) {
 	e := p.e
+	p.mu.Lock()
+	_, creating := p.creating[id]
+	p.mu.Unlock()
+	if creating {
+		return // a creation that failed says so itself; what else stops that soon, the sweep finds
+	}
 	e.mu.Lock()
 	s := e.sessions[id]
 	e.mu.Unlock()
