@@ -149,7 +149,7 @@ func TestGroupBroken(t *testing.T) {
 
 // Whoever stops waiting for a turn is not run, and holds up nobody.
 func TestGroupGivesUp(t *testing.T) {
-	db := open(t, testenv.SQLite(t), sqldb.Options{PoolTimeout: 50 * time.Millisecond})
+	db := open(t, testenv.SQLite(t), sqldb.Options{PoolTimeout: 500 * time.Millisecond})
 	exec(t, db, "CREATE TABLE t (x INTEGER PRIMARY KEY)")
 	ctx, cancel := context.WithCancel(t.Context())
 	err := sqldb.InTx(t.Context(), db, func(outer context.Context, tx bun.Tx) error {
