@@ -158,15 +158,13 @@ const (
 	wakeEvery  = 50 * time.Millisecond
 )
 
-// sleep reports whether it slept to the end.
-func sleep(ctx context.Context, d time.Duration) bool {
+// sleep ends early with ctx.
+func sleep(ctx context.Context, d time.Duration) {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-ctx.Done():
-		return false
 	case <-t.C:
-		return true
 	}
 }
 
@@ -187,15 +185,17 @@ func (e *Engine) relayLoop(ctx context.Context) {
 			e.log.WarnContext(ctx, "outbox not relayed", "error", err)
 			sleep(ctx, retry.NextBackOff())
 			continue
-		case n == batch: // there are more
+		case n > 0: // there may be more
 			retry.Reset()
+			if n < batch {
+				sleep(ctx, relayEvery-time.Since(began))
+			}
 			continue
 		}
-		retry.Reset()
 		select {
 		case <-ctx.Done():
+			return
 		case <-e.relayKick.c:
-			sleep(ctx, relayEvery-time.Since(began))
 		case <-tick.C:
 		}
 	}

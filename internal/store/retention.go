@@ -341,7 +341,7 @@ func (s *Store) LastOfCommit(ctx context.Context, r *Run) (bool, error) {
 }
 
 func otherOfCommit(db bun.IDB, r *Run) *bun.SelectQuery {
-	// "+ ''" has the index of commits used, whose runs are few.
+	// "|| ''" has the index of commits used, whose runs are few.
 	return db.NewSelect().TableExpr("runs").Column("id").Where(`"commit" = ?`, r.Commit).Where("repo_key || '' = ?", r.RepoKey).
 		Where("id <> ?", r.ID).Where(notGoing).Limit(1)
 }
