@@ -14,8 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/Shopify/toxiproxy/v2"
-	"github.com/rs/zerolog"
 
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/solstice"
@@ -82,20 +80,11 @@ func freeAddr(t *testing.T) string {
 // so many bytes from the agent.
 func cutting(t *testing.T, upstream string, bytes int64) string {
 	t.Helper()
-	quiet := zerolog.Nop()
-	server := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), quiet)
-	proxy := toxiproxy.NewProxy(server, "agent", "127.0.0.1:0", upstream)
-	if err := proxy.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(proxy.Stop)
+	proxy := testenv.NewProxy(t, upstream)
 	if bytes > 0 {
-		toxic := fmt.Sprintf(`{"name":"cut","type":"limit_data","stream":"upstream","attributes":{"bytes":%d}}`, bytes)
-		if _, err := proxy.Toxics.AddToxicJson(strings.NewReader(toxic)); err != nil {
-			t.Fatal(err)
-		}
+		proxy.Add(t, "limit_data", testenv.ToServer, map[string]any{"bytes": bytes})
 	}
-	return proxy.Listen
+	return proxy.Addr()
 }
 
 // TestTakeOver has two engines on one database and one blob store, an agent
@@ -266,12 +255,8 @@ func TestAgentDeadline(t *testing.T) {
 	p := newPlant(t, testenv.SQLite(t))
 	p.Timing.AgentDeadline, p.Timing.DeadlineMargin = 2*time.Second, 500*time.Millisecond
 	addr := freeAddr(t)
-	proxy := toxiproxy.NewProxy(toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop()), "agent", "127.0.0.1:0", addr)
-	if err := proxy.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(proxy.Stop)
-	p.Contacts = []string{proxy.Listen}
+	proxy := testenv.NewProxy(t, addr)
+	p.Contacts = []string{proxy.Addr()}
 	eng, _ := p.start(t, func(c *solstice.Config) { c.AgentAddr = addr })
 	first := filepath.Join(p.Dir, "first")
 	r := p.submit(t, eng, `
@@ -283,14 +268,12 @@ jobs:
           echo second
 `)
 	eventually(t, "the first attempt runs", func() bool { _, err := os.Stat(first); return err == nil })
-	proxy.Stop()
+	proxy.Cut()
 	eventually(t, "the attempt is given up", func() bool {
 		as, err := eng.Attempts(t.Context(), r.Jobs[0].ID)
 		return err == nil && len(as) > 0 && as[0].State == solstice.AttemptLost
 	})
-	if err := proxy.Start(); err != nil {
-		t.Fatal(err)
-	}
+	proxy.Restore(t)
 	r = finish(t, eng, r.ID)
 	as, err := eng.Attempts(t.Context(), r.Jobs[0].ID)
 	if err != nil || r.State != solstice.RunSucceeded || as[0].Class != solstice.ClassAgentLost {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"os/user"
@@ -54,8 +53,7 @@ type PostgresServer struct {
 	dir    string
 	port   int
 	as     []string // command prefix that changes to an unprivileged user
-	alive  *os.File // closed, also by the kernel when this process dies: the supervisor stops the server
-	superv *exec.Cmd
+	keeper *keeper
 }
 
 // StartPostgres starts a server that only this test uses, and so may kill,
@@ -67,7 +65,7 @@ func StartPostgres(t testing.TB) *PostgresServer {
 		missing(t, err)
 	}
 	t.Cleanup(func() {
-		if err := s.close(); err != nil {
+		if err := s.keeper.close(); err != nil {
 			t.Errorf("stop PostgreSQL: %v", err)
 		}
 	})
@@ -217,10 +215,8 @@ func isZombie(pid int) bool {
 	return strings.HasPrefix(rest, "Z")
 }
 
-// supervise waits for the end of its standard input, which is the end of the
-// test binary, and then stops the server whose directory is $1 and removes it.
-const supervise = `
-cat >/dev/null
+// stopPostgres stops the server whose directory is $1, also a paused one.
+const stopPostgres = `
 if [ -s "$1/data/postmaster.pid" ] && read -r pid <"$1/data/postmaster.pid"; then
 	kill -CONT "$pid"
 	kill -QUIT "$pid"
@@ -228,7 +224,6 @@ if [ -s "$1/data/postmaster.pid" ] && read -r pid <"$1/data/postmaster.pid"; the
 	while [ -e "$1/data/postmaster.pid" ] && kill -0 "$pid" && [ $n -lt 100 ]; do n=$((n+1)); sleep 0.1; done
 	kill -KILL "$pid"
 fi 2>/dev/null
-rm -rf "$1"
 `
 
 func newPostgres() (_ *PostgresServer, err error) {
@@ -244,22 +239,12 @@ func newPostgres() (_ *PostgresServer, err error) {
 	if s.dir, err = os.MkdirTemp("", "solstice-pg-"); err != nil {
 		return nil, err
 	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	s.alive = w
-	s.superv = exec.Command("/bin/sh", "-c", supervise, "sh", s.dir)
-	s.superv.Stdin = r
-	s.superv.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // outlives ^C and a killed process group
-	err = s.superv.Start()
-	_ = r.Close()
-	if err != nil {
-		return nil, errors.Join(err, w.Close(), os.RemoveAll(s.dir))
+	if s.keeper, err = keep(s.dir, stopPostgres); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(s.dir))
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.close())
+			err = errors.Join(err, s.keeper.close())
 		}
 	}()
 	if owner != nil {
@@ -271,11 +256,6 @@ func newPostgres() (_ *PostgresServer, err error) {
 		return nil, err
 	}
 	return s, s.start()
-}
-
-// close stops the server and removes its directory.
-func (s *PostgresServer) close() error {
-	return errors.Join(s.alive.Close(), s.superv.Wait())
 }
 
 type account struct{ uid, gid int }
@@ -340,9 +320,11 @@ func (s *PostgresServer) start() error {
 	for range 5 { // somebody else may take the port meanwhile
 		first := s.port == 0
 		if first {
-			if s.port, err = freePort(); err != nil {
+			ports, err := freePorts(1)
+			if err != nil {
 				return err
 			}
+			s.port = ports[0]
 		}
 		opts := fmt.Sprintf("-p %d -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=200 -c fsync=off", s.port)
 		if err = s.ctl("start", "-o", opts); err == nil || !first {
@@ -351,14 +333,6 @@ func (s *PostgresServer) start() error {
 		s.port = 0
 	}
 	return err
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	return l.Addr().(*net.TCPAddr).Port, l.Close()
 }
 
 // initialise makes the data directory, from a copy kept in the user's cache
