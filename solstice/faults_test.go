@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/vmprovider"
