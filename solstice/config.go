@@ -58,10 +58,17 @@ type Config struct {
 	// none, or they come as all do.
 	LocalAgents net.Listener
 	// Contacts is what agents dial, in order; by default the listener's address.
+	// Agents are told those of the other engines too, after these.
 	Contacts []string
 	// AgentTLS proves this engine to agents. nil: a CA made for this process,
 	// so agents cannot follow to another process.
 	AgentTLS *AgentTLS
+	// PeerAddr is where other engines' Peers reach this one's logs; empty:
+	// nowhere, they read what is stored.
+	PeerAddr string
+	// Peers asks other engines for the logs that they receive. nil: this one
+	// reads what is stored, which is a moment later.
+	Peers Peers
 	// RunnerURL is where guests download the agent; a process pool needs none.
 	RunnerURL string
 

@@ -23,6 +23,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
@@ -49,7 +50,8 @@ type Engine struct {
 	relayKick flag
 	wakes     *wakeSender
 	listener  net.Listener
-	contacts  []string
+	contacts  []string                 // of this engine
+	fleet     atomic.Pointer[[]string] // these, and then those of the others
 	ca        []byte
 
 	mu       sync.Mutex

@@ -55,7 +55,24 @@ func (e *Engine) Watch(ctx context.Context, runID string) iter.Seq2[Run, error] 
 // attempt is over and all of it was yielded. The error comes with the last
 // pair; an unknown attempt wraps ErrNotFound, a log that retention has removed,
 // also while it is read, ErrRemoved.
+//
+// What another engine is receiving comes from there, through Config.Peers, and
+// from what is stored while it cannot be asked.
 func (e *Engine) Log(ctx context.Context, attemptID string, from int64) iter.Seq2[logstream.Chunk, error] {
+	return e.readLog(ctx, attemptID, from, e.tail)
+}
+
+// LocalLog is Log of what this engine receives and of what is stored, for a
+// peer that asks: it asks nobody else.
+func (e *Engine) LocalLog(ctx context.Context, attemptID string, from int64) iter.Seq2[logstream.Chunk, error] {
+	return e.readLog(ctx, attemptID, from, func(ctx context.Context, a *store.Attempt, from int64) iter.Seq2[logstream.Chunk, error] {
+		return e.logs.Tail(ctx, a.LogStream, from)
+	})
+}
+
+func (e *Engine) readLog(ctx context.Context, attemptID string, from int64,
+	tail func(context.Context, *store.Attempt, int64) iter.Seq2[logstream.Chunk, error],
+) iter.Seq2[logstream.Chunk, error] {
 	return func(yield func(logstream.Chunk, error) bool) {
 		a, err := e.store.Attempt(ctx, attemptID)
 		if err == nil && AttemptState(a.State).Terminal() {
@@ -69,7 +86,7 @@ func (e *Engine) Log(ctx context.Context, attemptID string, from int64) iter.Seq
 		ended := make(chan struct{})
 		go func() { defer close(ended); cancel(e.attendLog(ctx, a.ID)) }()
 		defer func() { cancel(nil); <-ended }()
-		for c, err := range e.logs.Tail(ctx, a.LogStream, from) {
+		for c, err := range tail(ctx, a, from) {
 			if err != nil && (errors.Is(err, logstream.ErrNotFound) || errors.Is(context.Cause(ctx), store.ErrRemoved) ||
 				errors.Is(e.logKept(ctx, a), store.ErrRemoved)) {
 				err = e.publicError("log of attempt "+attemptID, store.ErrRemoved)

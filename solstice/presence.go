@@ -37,10 +37,57 @@ func (e *Engine) beat(ctx context.Context) {
 			offers = append(offers, offer{p.Name, p.Labels, p.Host, p.Capacity, p.HostCapacity, p.Warm})
 		}
 	}
-	o := store.Orchestrator{ID: e.id, Addr: e.AgentAddr(), Pools: encode(offers), Slots: e.cfg.MaxConcurrency}
-	if err := e.store.Beat(ctx, o, e.cfg.Timing.Lease); err != nil && ctx.Err() == nil {
-		e.log.WarnContext(ctx, "presence not recorded", "error", err)
+	o := store.Orchestrator{
+		ID: e.id, Addr: e.cfg.PeerAddr, Contacts: encode(e.contacts), Pools: encode(offers), Slots: e.cfg.MaxConcurrency,
 	}
+	err := e.store.Beat(ctx, o, e.cfg.Timing.Lease)
+	var there []*store.Orchestrator
+	if err == nil {
+		there, err = e.store.Orchestrators(ctx)
+	}
+	if err != nil {
+		if ctx.Err() == nil {
+			e.log.WarnContext(ctx, "presence not recorded", "error", err)
+		}
+		return
+	}
+	e.meet(there)
+}
+
+// meet takes note of where agents reach the other engines, for when they do not
+// reach this one.
+func (e *Engine) meet(there []*store.Orchestrator) {
+	list := slices.Clone(e.contacts)
+	for _, o := range there {
+		for _, c := range decode[[]string](o.Contacts) {
+			if o.ID != e.id && !slices.Contains(list, c) {
+				list = append(list, c)
+			}
+		}
+	}
+	if now := e.fleet.Load(); !slices.Equal(*now, list) {
+		e.fleet.Store(&list)
+	}
+}
+
+// Contacts lists where agents are told to go, in order: to this engine, and then
+// to the others that are there, as of a third of a lease ago.
+func (e *Engine) Contacts() []string { return slices.Clone(*e.fleet.Load()) }
+
+// Peers lists where the other orchestrators that are there are reached, as
+// their Config.PeerAddr says.
+func (e *Engine) Peers(ctx context.Context) ([]string, error) {
+	there, err := e.store.Orchestrators(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("solstice: peers: %w", err)
+	}
+	var out []string
+	for _, o := range there {
+		if o.ID != e.id && o.Addr != "" {
+			out = append(out, o.Addr)
+		}
+	}
+	return out, nil
 }
 
 // PoolInfo is a pool of an orchestrator that is there.

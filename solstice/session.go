@@ -50,7 +50,8 @@ type session struct {
 	run       *store.Run
 	spec      *agentv1.JobSpec
 	confirmed bool
-	stored    int64 // seq of the last event that is in the log, and on its way to the database
+	told      *[]string // the contacts that the agent was told last
+	stored    int64     // seq of the last event that is in the log, and on its way to the database
 	logSize   int64
 	steps     map[int]*store.Step
 	buf       []byte // of log that comes in several events, while much does
@@ -180,6 +181,11 @@ func (s *session) serve(hello *agentv1.Hello) error {
 	if a == nil && hello.GetAttemptId() != "" || a != nil && hello.GetAttemptId() != "" && hello.GetAttemptId() != a.ID {
 		return status.Error(codes.FailedPrecondition, "the attempt is not this machine's")
 	}
+	if p := e.poolNamed(s.machine.Pool); a == nil && (p == nil || p.Host != s.machine.Host) {
+		// Only an engine with its pool has a job for it: the agent goes on to that
+		// one, which may be just restarting.
+		return status.Error(codes.Unavailable, "this machine waits for a job of a pool that another orchestrator has")
+	}
 	welcome := &agentv1.Welcome{}
 	if a != nil {
 		if err := s.take(a, j, r); err != nil {
@@ -189,6 +195,9 @@ func (s *session) serve(hello *agentv1.Hello) error {
 		s.confirmed = hello.GetAttemptId() == a.ID
 	}
 	if err := s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Welcome{Welcome: welcome}}); err != nil {
+		return err
+	}
+	if err := s.sendContacts(); err != nil {
 		return err
 	}
 	if a != nil {
@@ -329,6 +338,16 @@ func (s *session) sendAssign() error {
 	}}})
 }
 
+// sendContacts tells the agent where else to go, when that has changed.
+func (s *session) sendContacts() error {
+	now := s.e.fleet.Load()
+	if now == s.told {
+		return nil
+	}
+	s.told = now
+	return s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Contacts{Contacts: &agentv1.ContactList{Contacts: *now}}})
+}
+
 func (s *session) sendCancel(reason string) error {
 	if s.attempt == nil {
 		return nil
@@ -348,7 +367,7 @@ func (s *session) handle(m *agentv1.AttachRequest) (over bool, err error) {
 		var next *agentv1.AttachRequest
 		switch msg := m.GetMsg().(type) {
 		case *agentv1.AttachRequest_Heartbeat:
-			err = s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Heartbeat{Heartbeat: msg.Heartbeat}})
+			err = errors.Join(s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Heartbeat{Heartbeat: msg.Heartbeat}}), s.sendContacts())
 		case *agentv1.AttachRequest_AssignConfirm:
 			if s.attempt == nil || msg.AssignConfirm.GetAttemptId() != s.attempt.ID {
 				return false, status.Error(codes.FailedPrecondition, "confirmation of another attempt")

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -35,6 +36,7 @@ type flags struct {
 	storage.Database
 	storage.Blobs
 	daemon.GRPC
+	daemon.Peers
 	daemon.HTTP
 	daemon.AgentEndpoint
 	daemon.Runner
@@ -50,6 +52,7 @@ type flags struct {
 	MaxConcurrency int            `group:"Pools" env:"MAX_CONCURRENCY" default:"0" placeholder:"N" help:"Jobs at once; 0: the number of CPUs."`
 	CapacityMap    map[string]int `group:"Pools" env:"CAPACITY_MAP" mapsep:"," placeholder:"LABEL=N,…" help:"Pools by runs-on label, and how many machines each may have. Default: host, with as many as --max-concurrency."`
 	TrustedPools   []string       `group:"Pools" env:"TRUSTED_POOLS" placeholder:"LABEL" help:"Pools whose jobs are trusted: their agents run inside this process instead of in one each, which is faster. When this process ends, however it does, these jobs end and are tried again."`
+	MachinesDir    string         `group:"Pools" env:"MACHINES_DIR" placeholder:"DIR" help:"Directory of the process pools' machines; orchestrators on one computer may share it, and with it its capacity. Default: machines in the state directory."`
 	PoolEnv        []string       `group:"Pools" env:"POOL_ENV" placeholder:"NAME" help:"Pass this variable on to the steps of the process pools, or with a * at the end all that begin so."`
 	RepoRoot       string         `group:"Pools" env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of the repositories on this machine that may be run (${default})."`
 	DrainTimeout   time.Duration  `group:"State" env:"DRAIN_TIMEOUT" default:"30s" help:"How long SIGTERM waits for jobs under way, which then go on without this process."`
@@ -135,6 +138,13 @@ func (f *flags) run(ctx context.Context) (err error) {
 	cfg := solstice.Config{
 		DB: db, Logger: log, MaxConcurrency: f.MaxConcurrency, DrainTimeout: f.DrainTimeout, AgentTLS: tls.agents,
 		Retention: f.retention.rules(),
+	}
+	if f.PeerAddr != "" {
+		proof, err := f.Peers.TLS(f.GRPC)
+		if err != nil {
+			return err
+		}
+		cfg.PeerAddr, cfg.Peers = f.PeerAddr, orchestrator.NewPeers(proof)
 	}
 	if err := f.parts(ctx, db, dir, &cfg, &open); err != nil {
 		return err
@@ -263,8 +273,16 @@ func (f *flags) parts(ctx context.Context, db *bun.DB, dir string, cfg *solstice
 // pools makes the pools and what their machines are: a process each, or a part
 // of this one.
 func (f *flags) pools(dir string, cfg *solstice.Config, open *closers) error {
+	root := f.MachinesDir
+	if root == "" {
+		root = filepath.Join(dir, "machines")
+	}
+	host, err := machinesHost(root)
+	if err != nil {
+		return problem("cannot name where the machines are", err, "")
+	}
 	provide := func(pc processvm.Config) (*processvm.Provider, error) {
-		pc.Root, pc.StepEnv, pc.Logger = filepath.Join(dir, "machines"), daemon.StepEnvironment(f.PoolEnv...), cfg.Logger
+		pc.Root, pc.StepEnv, pc.Logger, pc.Host = root, daemon.StepEnvironment(f.PoolEnv...), cfg.Logger, host
 		machines, err := processvm.New(pc)
 		if err != nil {
 			return nil, problem("cannot make machines here", err, "")
@@ -277,13 +295,13 @@ func (f *flags) pools(dir string, cfg *solstice.Config, open *closers) error {
 		return err
 	}
 	if len(f.CapacityMap) == 0 {
-		cfg.Pools = []solstice.Pool{{Name: solstice.DefaultLabel, Provider: processes}}
+		cfg.Pools = []solstice.Pool{{Name: solstice.DefaultLabel, Provider: processes, Host: host}}
 	}
 	for label, n := range f.CapacityMap {
 		if n < 1 {
 			return usage("the capacity of "+label+" is not positive", "correct --capacity-map")
 		}
-		cfg.Pools = append(cfg.Pools, solstice.Pool{Name: label, Provider: processes, Capacity: n})
+		cfg.Pools = append(cfg.Pools, solstice.Pool{Name: label, Provider: processes, Capacity: n, Host: host})
 	}
 	if len(f.TrustedPools) == 0 {
 		return nil
@@ -306,6 +324,20 @@ func (f *flags) pools(dir string, cfg *solstice.Config, open *closers) error {
 		cfg.Pools[i].Provider = inside
 	}
 	return nil
+}
+
+// machinesHost names a directory of machines: orchestrators that share it share
+// its capacity and look after each other's machines; those with directories of
+// their own, also on one computer, do not.
+func machinesHost(root string) (string, error) {
+	name, err := os.Hostname()
+	if err != nil {
+		return "", err
+	}
+	if root, err = filepath.Abs(root); err != nil {
+		return "", err
+	}
+	return name + ":" + root, nil
 }
 
 func problem(what string, err error, advice string) error {

@@ -13,7 +13,8 @@ type Orchestrator struct {
 	bun.BaseModel `bun:"table:orchestrators,alias:orchestrator"`
 
 	ID         string          `bun:",pk"`
-	Addr       string          // where its peers reach it
+	Addr       string          // where its peers reach it; empty: nowhere
+	Contacts   json.RawMessage // where agents reach it, a list of strings
 	Pools      json.RawMessage // what it offers; the engine's own form
 	Slots      int             // jobs that it takes at once
 	SeenAt     int64
@@ -25,7 +26,7 @@ func (s *Store) Beat(ctx context.Context, o Orchestrator, lease time.Duration) e
 	return s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
 		o.SeenAt, o.LeaseUntil = now, now+micros(lease)
 		_, err := tx.NewInsert().Model(&o).On("CONFLICT (id) DO UPDATE").
-			Set("addr = excluded.addr, pools = excluded.pools, slots = excluded.slots").
+			Set("addr = excluded.addr, contacts = excluded.contacts, pools = excluded.pools, slots = excluded.slots").
 			Set("seen_at = excluded.seen_at, lease_until = excluded.lease_until").Exec(ctx)
 		return err
 	})
@@ -46,6 +47,22 @@ func (s *Store) Orchestrators(ctx context.Context) ([]*Orchestrator, error) {
 	var out []*Orchestrator
 	err = s.db.NewSelect().Model(&out).Where("lease_until > ?", now).OrderBy("id", bun.OrderAsc).Scan(ctx)
 	return out, err
+}
+
+// AttemptPeer is the address of the orchestrator that is receiving an attempt's
+// journal, where that is not self, is there, and tells its address; else empty.
+func (s *Store) AttemptPeer(ctx context.Context, attemptID, self string) (string, error) {
+	now, err := s.Now(ctx)
+	if err != nil {
+		return "", err
+	}
+	var addrs []string
+	err = s.db.NewSelect().TableExpr("attempts AS a").Join("JOIN orchestrators AS o ON o.id = a.owner").Column("o.addr").
+		Where("a.id = ? AND a.owner <> ? AND a."+liveAttempt, attemptID, self).Where("o.lease_until > ? AND o.addr <> ''", now).Scan(ctx, &addrs)
+	if err != nil || len(addrs) == 0 {
+		return "", err
+	}
+	return addrs[0], nil
 }
 
 // CountMax is the most that a count of queued jobs comes to, so that it costs

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -28,6 +29,58 @@ type GRPC struct {
 	GRPCKeepaliveMS  int    `group:"gRPC" name:"grpc-keepalive-ms" env:"GRPC_KEEPALIVE_MS" default:"20000" help:"Silence after which a connection is probed."`
 	GRPCMaxMessageMB int    `group:"gRPC" name:"grpc-max-message-mb" env:"GRPC_MAX_MESSAGE_MB" default:"32" help:"Largest message."`
 	GRPCTimeoutMS    int    `group:"gRPC" name:"grpc-timeout-ms" env:"GRPC_TIMEOUT_MS" default:"10000" help:"Longest unary call; longer deadlines are shortened to it."`
+}
+
+// Peers are the flags of orchestrators that reach each other.
+type Peers struct {
+	PeerAddr string `group:"gRPC" env:"PEER_ADDR" placeholder:"HOST:PORT" help:"Where other orchestrators reach --grpc-addr, to follow a log that this one receives. Needs --grpc-tls-ca, an authority of all, and a certificate for that host which is good for clients too."`
+}
+
+// TLS returns what peers are called with, read again each time: the authority
+// and the certificate of g. It is an error where peers would not accept these.
+func (p Peers) TLS(g GRPC) (func() (*tls.Config, error), error) {
+	usage := func(what string, err error, advice string) error {
+		return &ExitError{Code: ExitUsage, Err: &Problem{What: what, Err: err, Advice: advice}}
+	}
+	host, _, err := net.SplitHostPort(p.PeerAddr)
+	if err == nil {
+		err = dialable(p.PeerAddr)
+	}
+	if err != nil {
+		return nil, usage("other orchestrators cannot dial "+p.PeerAddr, err, "give --peer-addr an address of this machine, such as ci1.example.com:50051")
+	}
+	if g.GRPCTLSCert == "" || g.GRPCTLSKey == "" || g.GRPCTLSCA == "" {
+		return nil, usage("orchestrators that reach each other need certificates", nil, "give --grpc-tls-cert, --grpc-tls-key and --grpc-tls-ca, the same authority to every orchestrator")
+	}
+	get := func() (*tls.Config, error) {
+		pool, err := loadPool(g.GRPCTLSCA)
+		if err != nil {
+			return nil, err
+		}
+		pair, err := tls.LoadX509KeyPair(g.GRPCTLSCert, g.GRPCTLSKey)
+		if err != nil {
+			return nil, err
+		}
+		return &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS13}, nil
+	}
+	c, err := get()
+	if err != nil {
+		return nil, &Problem{What: "cannot use the TLS files for gRPC", Err: err}
+	}
+	between := x509.NewCertPool()
+	for _, der := range c.Certificates[0].Certificate[1:] {
+		if cert, err := x509.ParseCertificate(der); err == nil {
+			between.AddCert(cert)
+		}
+	}
+	for _, use := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
+		o := x509.VerifyOptions{DNSName: host, Roots: c.RootCAs, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{use}}
+		if _, err := c.Certificates[0].Leaf.Verify(o); err != nil {
+			return nil, usage("other orchestrators would not accept the certificate of --grpc-tls-cert", err,
+				"give one for the host of --peer-addr, good for servers and clients, signed by an authority in --grpc-tls-ca")
+		}
+	}
+	return get, nil
 }
 
 // Listen opens the listener.

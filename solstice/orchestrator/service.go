@@ -188,7 +188,11 @@ func (v *service) TailLog(r *pb.TailLogRequest, out grpc.ServerStreamingServer[p
 		if err != nil {
 			return err
 		}
-		return t.attempt(ctx, v.e, a, r.GetFrom(), r.GetFollow())
+		read := v.e.Log
+		if r.GetLocal() {
+			read = v.e.LocalLog
+		}
+		return t.attempt(ctx, read, a, r.GetFrom(), r.GetFollow())
 	case r.GetJobId() == "":
 		return invalid("neither an attempt nor a job is named")
 	case r.GetFollow():
@@ -222,7 +226,7 @@ func (v *service) TailLog(r *pb.TailLogRequest, out grpc.ServerStreamingServer[p
 		if a.Number == first {
 			from = r.GetFrom()
 		}
-		if err := t.attempt(ctx, v.e, a, from, false); err != nil {
+		if err := t.attempt(ctx, v.e.Log, a, from, false); err != nil {
 			return err
 		}
 	}

@@ -2,6 +2,7 @@ package orchestrator
 
 import (
 	"context"
+	"iter"
 	"strings"
 
 	"google.golang.org/grpc"
@@ -17,9 +18,11 @@ type tail struct {
 	out grpc.ServerStreamingServer[pb.TailLogResponse]
 }
 
+type logReader func(ctx context.Context, attemptID string, from int64) iter.Seq2[logstream.Chunk, error]
+
 // attempt sends an attempt's log from an offset, up to what is durable now or,
 // following, to its end.
-func (t *tail) attempt(ctx context.Context, e *solstice.Engine, a solstice.Attempt, from int64, follow bool) error {
+func (t *tail) attempt(ctx context.Context, read logReader, a solstice.Attempt, from int64, follow bool) error {
 	end := int64(-1)
 	if !follow {
 		end = a.LogSize
@@ -27,7 +30,7 @@ func (t *tail) attempt(ctx context.Context, e *solstice.Engine, a solstice.Attem
 			return nil
 		}
 	}
-	for c, err := range e.Log(ctx, a.ID, from) {
+	for c, err := range read(ctx, a.ID, from) {
 		if err != nil {
 			return err
 		}

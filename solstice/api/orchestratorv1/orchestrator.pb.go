@@ -1820,10 +1820,14 @@ type TailLogRequest struct {
 	//
 	//	*TailLogRequest_AttemptId
 	//	*TailLogRequest_JobId
-	Of            isTailLogRequest_Of `protobuf_oneof:"of"`
-	From          int64               `protobuf:"varint,3,opt,name=from,proto3" json:"from,omitempty"`       // byte offset; of a job: in the attempt that it begins with
-	Follow        bool                `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`   // until the attempt or the job is over
-	Attempt       int32               `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"` // of a job: number of the attempt to begin with; 0: the first
+	Of      isTailLogRequest_Of `protobuf_oneof:"of"`
+	From    int64               `protobuf:"varint,3,opt,name=from,proto3" json:"from,omitempty"`       // byte offset; of a job: in the attempt that it begins with
+	Follow  bool                `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`   // until the attempt or the job is over
+	Attempt int32               `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"` // of a job: number of the attempt to begin with; 0: the first
+	// Of an attempt: only what this orchestrator receives and what is stored,
+	// without asking the one that receives it. A peer sets it, whose certificate
+	// lets it call this.
+	Local         bool `protobuf:"varint,6,opt,name=local,proto3" json:"local,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1902,6 +1906,13 @@ func (x *TailLogRequest) GetAttempt() int32 {
 		return x.Attempt
 	}
 	return 0
+}
+
+func (x *TailLogRequest) GetLocal() bool {
+	if x != nil {
+		return x.Local
+	}
+	return false
 }
 
 type isTailLogRequest_Of interface {
@@ -3289,14 +3300,15 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x06reason\x18\x01 \x01(\x0e2$.solstice.orchestrator.v1.WaitReasonR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x14\n" +
 	"\x05needs\x18\x03 \x03(\tR\x05needs\x12\x14\n" +
-	"\x05ahead\x18\x04 \x01(\x03R\x05ahead\"\x96\x01\n" +
+	"\x05ahead\x18\x04 \x01(\x03R\x05ahead\"\xac\x01\n" +
 	"\x0eTailLogRequest\x12\x1f\n" +
 	"\n" +
 	"attempt_id\x18\x01 \x01(\tH\x00R\tattemptId\x12\x17\n" +
 	"\x06job_id\x18\x02 \x01(\tH\x00R\x05jobId\x12\x12\n" +
 	"\x04from\x18\x03 \x01(\x03R\x04from\x12\x16\n" +
 	"\x06follow\x18\x04 \x01(\bR\x06follow\x12\x18\n" +
-	"\aattempt\x18\x05 \x01(\x05R\aattemptB\x04\n" +
+	"\aattempt\x18\x05 \x01(\x05R\aattempt\x12\x14\n" +
+	"\x05local\x18\x06 \x01(\bR\x05localB\x04\n" +
 	"\x02of\"\xcd\x01\n" +
 	"\x0fTailLogResponse\x12;\n" +
 	"\aattempt\x18\x01 \x01(\v2!.solstice.orchestrator.v1.AttemptR\aattempt\x12\x16\n" +

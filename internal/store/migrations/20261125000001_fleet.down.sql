@@ -1,0 +1,1 @@
+ALTER TABLE orchestrators DROP COLUMN contacts;
