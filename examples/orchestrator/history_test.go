@@ -28,8 +28,15 @@ import (
 // against what the orchestrator promises. It trusts nothing that the victim
 // keeps.
 type history struct {
-	t      *testing.T
-	dir    string // the victim's state directory
+	t        *testing.T
+	dirs     []string // the victims' state directories
+	database string   // URL; empty: SQLite in the one directory
+	machines string   // directory
+	// log reads the log of an attempt; nil: from the files in the one directory.
+	log func(ctx context.Context, attempt string) ([]byte, error)
+	// queued counts the messages in the broker's queues; nil: they are in the
+	// database.
+	queued func() int
 	out    string // where jobs note by themselves that they begin and end
 	pause  string // in the middle of a job; s
 	client pb.OrchestratorServiceClient
@@ -48,8 +55,11 @@ type accepted struct {
 	jobs   []string // IDs
 }
 
-func newHistory(t *testing.T, dir string) *history {
-	return &history{t: t, dir: dir, out: t.TempDir(), pause: "0.2", runs: map[string]accepted{}, states: map[string]string{}}
+func newHistory(t *testing.T, dirs ...string) *history {
+	return &history{
+		t: t, dirs: dirs, machines: filepath.Join(dirs[0], "machines"), out: t.TempDir(), pause: "0.2",
+		runs: map[string]accepted{}, states: map[string]string{},
+	}
 }
 
 // lines is how many a job prints, in two halves.
@@ -159,7 +169,7 @@ func (h *history) settle(ctx context.Context) {
 }
 
 func (h *history) open() *bun.DB {
-	db, err := storage.Database{DBPoolMaxSize: 2, DBPoolTimeoutMS: 60000}.Open(context.WithoutCancel(h.t.Context()), h.dir, nil)
+	db, err := storage.Database{DatabaseURL: h.database, DBPoolMaxSize: 2, DBPoolTimeoutMS: 60000}.Open(context.WithoutCancel(h.t.Context()), h.dirs[0], nil)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -176,11 +186,19 @@ func (h *history) rows(ctx context.Context, db *bun.DB) (left []string) {
 		// Wake-ups of a killed process's subscription stay until that expires.
 		"undelivered statuses": "queue_messages AS m JOIN queue_groups AS g ON g.id = m.gid WHERE g.topic LIKE 'status%' OR g.topic = 'runrequest'",
 	} {
+		if h.queued != nil && strings.Contains(where, "queue_messages") {
+			continue
+		}
 		var n int
 		if err := db.NewRaw("SELECT count(*) FROM "+where).Scan(ctx, &n); err != nil {
 			left = append(left, fmt.Sprintf("%s: %v", what, err))
 		} else if n > 0 {
 			left = append(left, fmt.Sprintf("%d %s are left", n, what))
+		}
+	}
+	if h.queued != nil {
+		if n := h.queued(); n > 0 {
+			left = append(left, fmt.Sprintf("%d messages are left in queues", n))
 		}
 	}
 	return left
@@ -189,11 +207,20 @@ func (h *history) rows(ctx context.Context, db *bun.DB) (left []string) {
 // check compares everything with what was promised, after the orchestrator has
 // ended.
 func (h *history) check(ctx context.Context) []string {
+	h.checkKept(ctx)
+	h.checkLeft()
+	return h.found
+}
+
+// checkKept looks at what is stored.
+func (h *history) checkKept(ctx context.Context) {
 	db := h.open()
 	defer func() { _ = db.Close() }()
-	var sound string
-	if err := db.NewRaw("PRAGMA integrity_check").Scan(ctx, &sound); err != nil || sound != "ok" {
-		h.violation("the database is not sound: %s, %v", sound, err)
+	if h.database == "" {
+		var sound string
+		if err := db.NewRaw("PRAGMA integrity_check").Scan(ctx, &sound); err != nil || sound != "ok" {
+			h.violation("the database is not sound: %s, %v", sound, err)
+		}
 	}
 	for _, left := range h.rows(ctx, db) {
 		h.violation("%s", left)
@@ -202,21 +229,16 @@ func (h *history) check(ctx context.Context) []string {
 	if err := db.NewRaw("SELECT count(*) FROM runs").Scan(ctx, &runs); err != nil || runs != len(h.runs) {
 		h.violation("%d runs were accepted, there are %d: %v", len(h.runs), runs, err)
 	}
-	logs, err := filelog.Open(filepath.Join(h.dir, "logs"), filelog.Options{})
-	if err != nil {
-		h.t.Fatal(err)
+	read, done := h.log, func() {}
+	if read == nil {
+		read, done = h.files(db)
 	}
-	defer func() { _ = logs.Close() }()
-	repos, err := localgit.Open(ctx, localgit.Config{Root: "/", StatusDir: filepath.Join(h.dir, "statuses")})
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	defer func() { _ = repos.Close() }()
+	defer done()
 	for key, a := range h.runs {
-		h.checkRun(ctx, key, a, db, repos)
+		h.checkRun(ctx, key, a, db)
 		names := jobNames(key)
 		for _, id := range a.jobs {
-			if name := h.checkLog(ctx, key, id, db, logs); name != "" {
+			if name := h.checkLog(ctx, key, id, db, read); name != "" {
 				names = slices.DeleteFunc(names, func(n string) bool { return n == name })
 			}
 		}
@@ -229,8 +251,59 @@ func (h *history) check(ctx context.Context) []string {
 			}
 		}
 	}
-	h.checkLeft()
-	return h.found
+}
+
+// files reads logs from the victim's files, where each has to be sealed with its
+// sum.
+func (h *history) files(db *bun.DB) (read func(context.Context, string) ([]byte, error), done func()) {
+	logs, err := filelog.Open(filepath.Join(h.dirs[0], "logs"), filelog.Options{})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	read = func(ctx context.Context, attempt string) ([]byte, error) {
+		var stream string
+		if err := db.NewRaw("SELECT log_stream FROM attempts WHERE id = ?", attempt).Scan(ctx, &stream); err != nil {
+			return nil, err
+		}
+		info, err := logs.Stat(ctx, stream)
+		if err != nil {
+			return nil, err
+		}
+		var got []byte
+		for c, err := range logs.Tail(ctx, stream, 0) {
+			if err != nil {
+				return nil, err
+			}
+			got = append(got, c.Data...)
+		}
+		if sum := sha256.Sum256(got); !info.Sealed || info.Size != int64(len(got)) || !bytes.Equal(info.SHA256, sum[:]) {
+			return got, fmt.Errorf("the log is %+v, it has %d bytes", info, len(got))
+		}
+		return got, nil
+	}
+	return read, func() { _ = logs.Close() }
+}
+
+// told is what the forge was told of a commit, by whichever orchestrator told
+// the newest.
+func (h *history) told(ctx context.Context, a accepted) (map[string]forge.Status, error) {
+	newest := map[string]forge.Status{}
+	for _, dir := range h.dirs {
+		repos, err := localgit.Open(ctx, localgit.Config{Root: "/", StatusDir: filepath.Join(dir, "statuses")})
+		if err != nil {
+			return nil, err
+		}
+		statuses, err := repos.Statuses(ctx, a.repo, a.commit)
+		if err := errors.Join(err, repos.Close()); err != nil {
+			return nil, err
+		}
+		for _, s := range statuses {
+			if was, ok := newest[s.Key]; !ok || s.Version > was.Version {
+				newest[s.Key] = s
+			}
+		}
+	}
+	return newest, nil
 }
 
 // lost tells of the attempts of a run that were given up.
@@ -242,7 +315,7 @@ func (h *history) lost(ctx context.Context, run string, db *bun.DB) string {
 
 // checkRun compares what was seen of a run with what is stored, and with what
 // the forge was told in the end.
-func (h *history) checkRun(ctx context.Context, key string, a accepted, db *bun.DB, repos *localgit.Forge) {
+func (h *history) checkRun(ctx context.Context, key string, a accepted, db *bun.DB) {
 	var state string
 	if err := db.NewRaw("SELECT state FROM runs WHERE id = ? AND idempotency_key = ?", a.id, key).Scan(ctx, &state); err != nil || state != "succeeded" {
 		h.violation("%s is %s: %v", key, state, err)
@@ -252,7 +325,7 @@ func (h *history) checkRun(ctx context.Context, key string, a accepted, db *bun.
 			h.violation("%s: %s was last seen as %s", key, id, s)
 		}
 	}
-	told, err := repos.Statuses(ctx, a.repo, a.commit)
+	told, err := h.told(ctx, a)
 	if err != nil || len(told) != len(a.jobs)+1 {
 		h.violation("%s: %d statuses, %v", key, len(told), err)
 	}
@@ -264,42 +337,33 @@ func (h *history) checkRun(ctx context.Context, key string, a accepted, db *bun.
 }
 
 // checkLog compares the log of a job's last attempt with what it printed, by
-// its bytes, its seal and its row, and returns the name that it begins with.
-func (h *history) checkLog(ctx context.Context, key, job string, db *bun.DB, logs *filelog.Store) (name string) {
+// its bytes and its row, and returns the name that it begins with.
+func (h *history) checkLog(ctx context.Context, key, job string, db *bun.DB, read func(context.Context, string) ([]byte, error)) (name string) {
 	var row struct {
-		LogStream string
-		LogSize   int64
-		State     string
+		ID      string
+		LogSize int64
+		State   string
 	}
-	if err := db.NewRaw("SELECT log_stream, log_size, state FROM attempts WHERE job_id = ? ORDER BY number DESC LIMIT 1", job).Scan(ctx, &row); err != nil {
+	if err := db.NewRaw("SELECT id, log_size, state FROM attempts WHERE job_id = ? ORDER BY number DESC LIMIT 1", job).Scan(ctx, &row); err != nil {
 		h.violation("%s: job %s has no attempt: %v", key, job, err)
 		return ""
 	}
-	info, err := logs.Stat(ctx, row.LogStream)
-	if err != nil || !info.Sealed || row.State != "finished" {
-		h.violation("%s: log of job %s, attempt %s: %+v, %v", key, job, row.State, info, err)
+	got, err := read(ctx, row.ID)
+	if err != nil || row.State != "finished" {
+		h.violation("%s: log of job %s, attempt %s: %v", key, job, row.State, err)
 		return ""
-	}
-	var got []byte
-	for c, err := range logs.Tail(ctx, row.LogStream, 0) {
-		if err != nil {
-			h.violation("%s: log of job %s: %v", key, job, err)
-			return ""
-		}
-		got = append(got, c.Data...)
 	}
 	first, _, _ := strings.Cut(string(got), "\n")
 	want := printed(first)
-	sum := sha256.Sum256(want)
-	if !bytes.Equal(got, want) || info.Size != int64(len(want)) || row.LogSize != info.Size || !bytes.Equal(info.SHA256, sum[:]) {
-		h.violation("%s: the log of job %s differs: %d bytes, sealed with %d, recorded as %d, want %d", first, job, len(got), info.Size, row.LogSize, len(want))
+	if !bytes.Equal(got, want) || row.LogSize != int64(len(want)) {
+		h.violation("%s: the log of job %s differs: %d bytes, recorded as %d, want %d", first, job, len(got), row.LogSize, len(want))
 	}
 	return first
 }
 
 // checkLeft looks for machines and processes of the victim.
 func (h *history) checkLeft() {
-	entries, err := os.ReadDir(filepath.Join(h.dir, "machines"))
+	entries, err := os.ReadDir(h.machines)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		h.violation("%v", err)
 	}
@@ -308,8 +372,10 @@ func (h *history) checkLeft() {
 			h.violation("the directory of machine %s is left", e.Name())
 		}
 	}
-	for pid, why := range processesOf(h.dir) {
-		h.violation("process %s is left: %s", pid, why)
+	for _, dir := range append(h.dirs, h.machines) {
+		for pid, why := range processesOf(dir) {
+			h.violation("process %s is left: %s", pid, why)
+		}
 	}
 }
 

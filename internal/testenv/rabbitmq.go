@@ -62,11 +62,18 @@ var sharedRabbit = sync.OnceValues(func() (*RabbitMQServer, error) {
 // of this run share.
 func RabbitMQ(t testing.TB) string {
 	t.Helper()
+	return SharedRabbitMQ(t).VHost(t)
+}
+
+// SharedRabbitMQ is the broker that the tests of this run share: it may be
+// asked, and not be killed, paused or restarted.
+func SharedRabbitMQ(t testing.TB) *RabbitMQServer {
+	t.Helper()
 	s, err := sharedRabbit()
 	if err != nil {
 		missingRabbitMQ(t, err)
 	}
-	return s.VHost(t)
+	return s
 }
 
 // StartRabbitMQ starts a broker that only this test uses, and so may kill,
