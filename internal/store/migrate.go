@@ -376,5 +376,20 @@ func (s *schema) backup(ctx context.Context, last string) error {
 	if err := os.Chmod(tmp, 0o600); err != nil {
 		return err
 	}
+	// Another process that migrates may have been faster, and has its own copy.
+	is, err := lastIn(ctx, tmp)
+	if err != nil || is != last {
+		return errors.Join(err, os.Remove(tmp))
+	}
 	return os.Rename(tmp, file+"."+last+".bak")
+}
+
+// lastIn names the last migration that a SQLite file has.
+func lastIn(ctx context.Context, file string) (string, error) {
+	db, err := sqldb.Open(ctx, "sqlite:"+file, sqldb.Options{MaxConns: 1})
+	if err != nil {
+		return "", err
+	}
+	last, err := SchemaOf(ctx, db)
+	return last, errors.Join(err, db.Close())
 }

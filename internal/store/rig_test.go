@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -17,7 +19,40 @@ import (
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == store.MigrateArg {
+		if err := migrate(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// migrate is the main function of a process that migrates as soon as its
+// standard input ends, and says which installation it found.
+func migrate(url string) error {
+	ctx := context.Background()
+	db, err := sqldb.Open(ctx, url, sqldb.Options{})
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	fmt.Println("ready")
+	if _, err := io.Copy(io.Discard, os.Stdin); err != nil {
+		return err
+	}
+	if err := store.Migrate(ctx, db); err != nil {
+		return err
+	}
+	s, err := store.New(ctx, db, store.Options{})
+	if err != nil {
+		return err
+	}
+	fmt.Println(s.Installation())
+	return nil
+}
 
 // rig is a store whose clock tests move.
 type rig struct {
