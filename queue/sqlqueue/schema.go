@@ -69,31 +69,71 @@ func isPostgres(db *bun.DB) bool { return db.Dialect().Name() == dialect.PG }
 // queue_. Any number of processes may call it at once. New does it too unless
 // told otherwise.
 func Migrate(ctx context.Context, db *bun.DB) error {
-	ms := migrate.NewMigrations()
-	ms.Add(migrate.Migration{Name: "20261101000000", Comment: "queue", Up: func(ctx context.Context, m *migrate.Migrator, _ *migrate.Migration) error {
-		return sqldb.InTx(ctx, m.DB(), createTables)
-	}})
-	m := migrate.NewMigrator(db, ms, migrate.WithTableName("queue_migrations"),
-		migrate.WithLocksTableName("queue_migration_locks"), migrate.WithMarkAppliedOnSuccess(true), migrate.WithUpsert(true))
-	if applied, err := m.AppliedMigrations(ctx); err == nil && len(applied) == len(ms.Sorted()) {
+	m, total := migrations(db)
+	if applied, err := m.AppliedMigrations(ctx); err == nil && len(applied) == total {
 		return nil // the usual case takes no lock and writes nothing
 	}
-	unlock, err := lockSchema(ctx, db)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	// bun's own lock is a row that a killed process would leave behind. SQLite
-	// needs none: what two processes repeat changes nothing.
-	err = retryBusy(ctx, func() error {
+	return alone(ctx, db, "migrate", func() error {
 		if err := m.Init(ctx); err != nil {
 			return err
 		}
 		_, err := m.Migrate(ctx)
 		return err
 	})
+}
+
+// Unmigrate removes what Migrate made, and with it all messages. No queue may be
+// open on the database, in whichever process.
+func Unmigrate(ctx context.Context, db *bun.DB) error {
+	m, _ := migrations(db)
+	return alone(ctx, db, "remove the tables", func() error {
+		if err := m.Init(ctx); err != nil {
+			return err
+		}
+		for {
+			group, err := m.Rollback(ctx)
+			if err != nil || group.IsZero() {
+				return err
+			}
+		}
+	})
+}
+
+func migrations(db *bun.DB) (m *migrate.Migrator, total int) {
+	ms := migrate.NewMigrations()
+	ms.Add(migrate.Migration{
+		Name: "20261101000000", Comment: "queue",
+		Up: func(ctx context.Context, m *migrate.Migrator, _ *migrate.Migration) error {
+			return sqldb.InTx(ctx, m.DB(), createTables)
+		},
+		Down: func(ctx context.Context, m *migrate.Migrator, _ *migrate.Migration) error {
+			return sqldb.InTx(ctx, m.DB(), dropTables)
+		},
+	})
+	return migrate.NewMigrator(db, ms, migrate.WithTableName("queue_migrations"),
+		migrate.WithLocksTableName("queue_migration_locks"), migrate.WithMarkAppliedOnSuccess(true), migrate.WithUpsert(true)), len(ms.Sorted())
+}
+
+// alone changes the schema while nobody else does. bun's own lock is a row that
+// a killed process would leave behind. SQLite needs none: what two processes
+// repeat changes nothing.
+func alone(ctx context.Context, db *bun.DB, what string, change func() error) error {
+	unlock, err := lockSchema(ctx, db)
 	if err != nil {
-		return fmt.Errorf("sqlqueue: migrate: %w", err)
+		return err
+	}
+	defer unlock()
+	if err := retryBusy(ctx, change); err != nil {
+		return fmt.Errorf("sqlqueue: %s: %w", what, err)
+	}
+	return nil
+}
+
+func dropTables(ctx context.Context, tx bun.Tx) error {
+	for _, table := range []string{"queue_messages", "queue_groups", "queue_readers"} {
+		if _, err := tx.Tx.ExecContext(ctx, "DROP TABLE IF EXISTS "+table); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package sqlqueue_test
 import (
 	"context"
 	"database/sql"
+	"slices"
 	"strings"
 	"testing"
 
@@ -67,4 +68,50 @@ func openPlain(tb queuetest.TB, url string) *bun.DB {
 	db.SetMaxOpenConns(4)
 	tb.Cleanup(func() { _ = db.Close() })
 	return bun.NewDB(db, sqlitedialect.New())
+}
+
+// TestUnmigrate: the tables go, and come again, empty.
+func TestUnmigrate(t *testing.T) {
+	testenv.Databases(t, func(t *testing.T, url string) {
+		ctx := t.Context()
+		db := open(t, url)
+		tables := func() (names []string) {
+			t.Helper()
+			query := "SELECT name FROM sqlite_master WHERE name LIKE 'queue%' AND name NOT LIKE 'queue_migration%' ORDER BY name"
+			if sqldb.IsPostgres(db) {
+				query = "SELECT relname FROM pg_class WHERE relname LIKE 'queue%' AND relname NOT LIKE 'queue_migration%' ORDER BY relname"
+			}
+			if err := db.NewRaw(query).Scan(ctx, &names); err != nil {
+				t.Fatal(err)
+			}
+			return names
+		}
+		if err := sqlqueue.Unmigrate(ctx, db); err != nil {
+			t.Errorf("of an empty database: %v", err)
+		}
+		var before []string
+		for range 2 {
+			q := newQueue(t, db, sqlqueue.Options{})
+			publish(t, q, "1")
+			if err := q.Close(); err != nil {
+				t.Error(err)
+			}
+			if now := tables(); before != nil && !slices.Equal(now, before) || len(now) == 0 {
+				t.Errorf("tables %v, before %v", now, before)
+			}
+			var n int
+			if err := db.NewRaw("SELECT count(*) FROM queue_messages").Scan(ctx, &n); err != nil || n != 1 {
+				t.Errorf("%d messages, %v, want 1", n, err)
+			}
+			before = tables()
+			for range 2 {
+				if err := sqlqueue.Unmigrate(ctx, db); err != nil {
+					t.Fatal(err)
+				}
+				if left := tables(); len(left) > 0 {
+					t.Errorf("left: %v", left)
+				}
+			}
+		}
+	})
 }
