@@ -155,6 +155,11 @@ func definite(err error) bool {
 	if errors.Is(err, sql.ErrTxDone) || errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || pgconn.SafeToRetry(err) {
 		return true
 	}
+	for _, unsent := range []error{sqldb.ErrRefused, sqldb.ErrUnreachable, sqldb.ErrHostNotFound, sqldb.ErrPoolTimeout, sqldb.ErrAuth, sqldb.ErrTLS, sqldb.ErrNoDatabase} {
+		if errors.Is(err, unsent) {
+			return true // there was no connection
+		}
+	}
 	if pe, ok := errors.AsType[*pgconn.PgError](err); ok {
 		// A session that is being ended (class 57) may have committed before.
 		return !strings.HasPrefix(pe.Code, "57") && !strings.HasPrefix(pe.Code, "08")
