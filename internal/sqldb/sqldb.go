@@ -199,6 +199,28 @@ func commit(tx bun.Tx) error {
 	return fmt.Errorf("%w: %w", ErrCommitUnknown, err)
 }
 
+// Settle finds out what became of a transaction whose InTx failed with err.
+// Where that wraps ErrCommitUnknown it has read look for what the transaction
+// wrote, and look again while the database cannot be reached, for at most
+// patience; nil means that it is there. Otherwise err is returned: that read
+// found nothing does not say that the commit is not under way yet.
+func Settle(ctx context.Context, err error, patience time.Duration, read func(ctx context.Context) error) error {
+	if !errors.Is(err, ErrCommitUnknown) {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for try := 1; ; try++ {
+		rerr := read(ctx)
+		if rerr == nil {
+			return nil
+		}
+		if !IsRetryable(rerr) || pause(ctx, try) != nil {
+			return err
+		}
+	}
+}
+
 // pause waits before the next try: 2 ms doubled per try up to 500 ms, of which
 // a random half is left out.
 func pause(ctx context.Context, try int) error {

@@ -122,10 +122,11 @@ func (s *Store) claimOne(ctx context.Context, r ClaimRequest, ready []string) (*
 		}
 		return err
 	})
-	if errors.Is(err, sqldb.ErrCommitUnknown) && c != nil {
-		if _, rerr := s.Attempt(ctx, attemptID); rerr == nil {
-			err = nil
-		}
+	if c != nil {
+		err = s.settleClaim(ctx, err, r, func(ctx context.Context, tx bun.Tx) error {
+			q := tx.NewSelect().Model((*Attempt)(nil)).Where("id = ? AND owner = ? AND state = ?", attemptID, r.Owner, AttemptAssigned)
+			return exists(ctx, q, "attempt", attemptID)
+		})
 	}
 	if err != nil {
 		return nil, nil, err
@@ -168,15 +169,38 @@ func (s *Store) makeWarm(ctx context.Context, r ClaimRequest) ([]Claimed, error)
 		}
 		return nil
 	})
-	if errors.Is(err, sqldb.ErrCommitUnknown) && len(out) > 0 {
-		if _, rerr := s.Machine(ctx, out[0].Machine.ID); rerr == nil {
-			err = nil
-		}
+	if len(out) > 0 {
+		id := out[0].Machine.ID
+		err = s.settleClaim(ctx, err, r, func(ctx context.Context, tx bun.Tx) error {
+			return exists(ctx, tx.NewSelect().Model((*Machine)(nil)).Where("id = ? AND state = ?", id, MachineProvisioning), "machine", id)
+		})
 	}
 	if err != nil {
 		return nil, err
 	}
 	return out, nil
+}
+
+// settleClaim has read look for what a claim wrote that failed with err. It looks
+// under the claim's lock, which a commit that is still under way holds. After a
+// lease the claim would be ours no more.
+func (s *Store) settleClaim(ctx context.Context, err error, r ClaimRequest, read func(ctx context.Context, tx bun.Tx) error) error {
+	return sqldb.Settle(ctx, err, r.Lease, func(ctx context.Context) error {
+		return s.inTx(ctx, func(ctx context.Context, tx bun.Tx, _ int64) error {
+			if _, err := lockCapacity(ctx, tx, r); err != nil {
+				return err
+			}
+			return read(ctx, tx)
+		})
+	})
+}
+
+func exists(ctx context.Context, q *bun.SelectQuery, what, id string) error {
+	ok, err := q.Exists(ctx)
+	if err == nil && !ok {
+		err = fmt.Errorf("%w: %s %s", ErrNotFound, what, id)
+	}
+	return err
 }
 
 // lockCapacity locks the host's capacity and returns how many machines may be

@@ -183,13 +183,14 @@ func (x logIndex) Add(ctx context.Context, stream string, e bloblog.Entry) error
 		}
 		return nil
 	})
-	if errors.Is(err, sqldb.ErrCommitUnknown) {
+	return sqldb.Settle(ctx, err, settlePatience, func(ctx context.Context) error {
 		// The object's key is ours alone: if it is listed, the commit arrived.
-		if got, lerr := x.List(ctx, stream, e.Offset, 1); lerr == nil && len(got) == 1 && got[0].Key == e.Key {
-			return nil
+		got, err := x.List(ctx, stream, e.Offset, 1)
+		if err == nil && (len(got) != 1 || got[0].Key != e.Key) {
+			err = fmt.Errorf("%w: entry %s of %s", ErrNotFound, e.Key, stream)
 		}
-	}
-	return err
+		return err
+	})
 }
 
 // List implements bloblog.Index.

@@ -159,7 +159,7 @@ func hasStatement(sql string) bool {
 
 // run executes one direction of a migration unless another process was faster.
 func (s *schema) run(ctx context.Context, name string, applied bool, statements string, record func(context.Context, bun.Tx) error) error {
-	return sqldb.InTx(ctx, s.db, func(ctx context.Context, tx bun.Tx) error {
+	step := func(ctx context.Context, tx bun.Tx) error {
 		if err := s.lock(ctx, tx); err != nil {
 			return err
 		}
@@ -171,7 +171,9 @@ func (s *schema) run(ctx context.Context, name string, applied bool, statements 
 			return err
 		}
 		return record(ctx, tx)
-	})
+	}
+	err := sqldb.InTx(ctx, s.db, step)
+	return sqldb.Settle(ctx, err, settlePatience, func(ctx context.Context) error { return sqldb.InTx(ctx, s.db, step) })
 }
 
 // lock keeps other migrating processes out until the transaction's end; on

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/uptrace/bun"
 
@@ -48,16 +49,19 @@ func (s *Store) InsertRun(ctx context.Context, run *Run, jobs []*Job) error {
 		}
 		return s.emit(ctx, tx, now, run, jobs)
 	})
-	if errors.Is(err, sqldb.ErrCommitUnknown) {
-		if _, rerr := s.Run(ctx, run.ID); rerr == nil { // its ID is ours alone
-			err = nil
-		}
-	}
+	err = sqldb.Settle(ctx, err, settlePatience, func(ctx context.Context) error {
+		_, err := s.Run(ctx, run.ID) // the ID is ours alone
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("store: insert run: %w", err)
 	}
 	return nil
 }
+
+// settlePatience is how long the outcome of a commit is asked for while the
+// database is away.
+const settlePatience = 30 * time.Second
 
 // Change is what a transaction did to a run.
 type Change struct {
