@@ -202,8 +202,9 @@ func commit(tx bun.Tx) error {
 // Settle finds out what became of a transaction whose InTx failed with err.
 // Where that wraps ErrCommitUnknown it has read look for what the transaction
 // wrote, and look again while the database cannot be reached, for at most
-// patience; nil means that it is there. Otherwise err is returned: that read
-// found nothing does not say that the commit is not under way yet.
+// patience; nil means that it is there. read may be a transaction. Otherwise err is
+// returned: what found nothing without waiting for the transaction's locks does
+// not say that the commit is not under way.
 func Settle(ctx context.Context, err error, patience time.Duration, read func(ctx context.Context) error) error {
 	if !errors.Is(err, ErrCommitUnknown) {
 		return err
@@ -215,7 +216,7 @@ func Settle(ctx context.Context, err error, patience time.Duration, read func(ct
 		if rerr == nil {
 			return nil
 		}
-		if !IsRetryable(rerr) || pause(ctx, try) != nil {
+		if !IsRetryable(rerr) && !errors.Is(rerr, ErrCommitUnknown) || pause(ctx, try) != nil {
 			return err
 		}
 	}
