@@ -138,6 +138,20 @@ type Presigner interface {
 	PresignPut(ctx context.Context, key string, expires time.Duration) (string, error)
 }
 
+// Sweeper is implemented by drivers in which a Put can leave something behind
+// that takes up room when its process dies; get it with [As].
+type Sweeper interface {
+	// Sweep removes what Puts began more than minAge ago and never ended, of
+	// whichever process. A Put that takes longer than minAge may fail by it.
+	Sweep(ctx context.Context, minAge time.Duration) (removed int, err error)
+}
+
+// Checker is implemented by drivers that can tell more of whether the store can
+// be used than the answer about an object does; get it with [As].
+type Checker interface {
+	Check(ctx context.Context) error
+}
+
 // As returns s as the optional interface T. A wrapper answers for what it
 // wraps through a method As(target any) bool, which gets a *T to fill in.
 func As[T any](s Store) (T, bool) {

@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net/http"
 	"testing"
 
 	"github.com/solstice-ci/solstice-go/blobstore"
@@ -34,6 +35,11 @@ type Harness struct {
 	// Leftovers, optional, lists what a store occupies apart from its objects
 	// (temporary files, unfinished uploads): none after a failed Put.
 	Leftovers func(tb testing.TB, s blobstore.Store) []string
+	// Abandon leaves behind what a Put does whose process dies halfway, one
+	// thing. Needed where the store is a blobstore.Sweeper, as is Leftovers.
+	Abandon func(tb testing.TB, s blobstore.Store)
+	// Client follows the URLs of a blobstore.Presigner. Nil: one without proxy.
+	Client *http.Client
 }
 
 // check is one promise of the interface.
@@ -76,6 +82,11 @@ var checks = []check{
 	{"Reopen", checkReopen},
 	{"SecondHandle", checkSecondHandle},
 	{"Large", checkLarge},
+	{"Presign", checkPresign},
+	{"PresignExpires", checkPresignExpires},
+	{"PresignErrors", checkPresignErrors},
+	{"Sweep", checkSweep},
+	{"SweepSparesPut", checkSweepSparesPut},
 }
 
 func open(tb testing.TB, h Harness) blobstore.Store {

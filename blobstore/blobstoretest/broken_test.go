@@ -3,15 +3,20 @@ package blobstoretest
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"io"
 	"iter"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/solstice-ci/solstice-go/blobstore"
 	"github.com/solstice-ci/solstice-go/blobstore/memblob"
@@ -67,6 +72,98 @@ type shared struct {
 	mu     sync.Mutex
 	closed bool
 	left   []string
+}
+
+// urls gives out and serves the URLs of all flawed stores.
+type urls struct {
+	once   sync.Once
+	server *httptest.Server
+	mu     sync.Mutex
+	grants map[string]grant // by path
+}
+
+type grant struct {
+	f       *flawed
+	method  string
+	key     string
+	expires time.Time
+}
+
+var granted urls
+
+func (u *urls) add(g grant) string {
+	u.once.Do(func() { u.server, u.grants = httptest.NewServer(u), map[string]grant{} })
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	path := "/" + rand.Text()
+	u.grants[path] = g
+	return u.server.URL + path + "?" + url.Values{"key": {g.key}}.Encode()
+}
+
+func (u *urls) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	u.mu.Lock()
+	g, ok := u.grants[r.URL.Path]
+	u.mu.Unlock()
+	key := r.URL.Query().Get("key")
+	if !ok || g.method != r.Method && !g.f.is("URLs are for any method") ||
+		g.key != key && !g.f.is("URLs are for any key") ||
+		time.Now().After(g.expires) && !g.f.is("URLs live for ever") {
+		w.WriteHeader(http.StatusForbidden)
+		return
+	}
+	if r.Method == http.MethodPut {
+		if _, err := g.f.Store.Put(r.Context(), key, r.Body, blobstore.PutOptions{}); err != nil {
+			w.WriteHeader(http.StatusInternalServerError)
+		}
+		return
+	}
+	content, _, err := get(r.Context(), g.f.Store, key, blobstore.GetOptions{})
+	if err != nil {
+		w.WriteHeader(http.StatusNotFound)
+		return
+	}
+	_, _ = io.WriteString(w, content)
+}
+
+func (f *flawed) PresignGet(ctx context.Context, key string, expires time.Duration) (string, error) {
+	return f.presign(ctx, http.MethodGet, key, expires)
+}
+
+func (f *flawed) PresignPut(ctx context.Context, key string, expires time.Duration) (string, error) {
+	return f.presign(ctx, http.MethodPut, key, expires)
+}
+
+func (f *flawed) presign(ctx context.Context, method, key string, expires time.Duration) (string, error) {
+	if err := blobstore.ValidateKey(key); err != nil {
+		return "", err
+	}
+	if expires <= 0 && !f.is("URLs may be for no time") {
+		return "", blobstore.ErrInvalid
+	}
+	if err := ctx.Err(); err != nil {
+		return "", err
+	}
+	if err := f.begin(); err != nil {
+		return "", err
+	}
+	return granted.add(grant{f, method, key, time.Now().Add(expires)}), nil
+}
+
+func (f *flawed) Sweep(ctx context.Context, minAge time.Duration) (int, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	if err := f.begin(); err != nil {
+		return 0, err
+	}
+	f.shared.mu.Lock()
+	defer f.shared.mu.Unlock()
+	if minAge > 0 && !f.is("sweeps the young") || f.is("sweeps nothing") {
+		return 0, nil
+	}
+	n := len(f.shared.left)
+	f.shared.left = nil
+	return n, nil
 }
 
 func (f *flawed) is(flaw string) bool { return f.flaw == flaw }
@@ -182,8 +279,20 @@ func (f *flawed) Put(ctx context.Context, key string, r io.Reader, o blobstore.P
 			}
 		}
 	}
-	info, err := f.Store.Put(ctx, f.key(key), r, o)
+	under := f.key(key)
+	f.shared.mu.Lock()
+	f.shared.left = append(f.shared.left, under)
+	f.shared.mu.Unlock()
+	info, err := f.Store.Put(ctx, under, r, o)
 	info.Key = key
+	f.shared.mu.Lock()
+	defer f.shared.mu.Unlock()
+	i := slices.Index(f.shared.left, under)
+	if i < 0 {
+		_ = f.Store.Delete(ctx, under, blobstore.DeleteOptions{})
+		return info, errors.New("the temporary file is gone")
+	}
+	f.shared.left = slices.Delete(f.shared.left, i, i+1)
 	return info, err
 }
 
@@ -344,6 +453,9 @@ func flawedHarness(flaw string) Harness {
 		Leftovers: func(_ testing.TB, s blobstore.Store) []string {
 			return s.(*flawed).shared.left
 		},
+		Abandon: func(_ testing.TB, s blobstore.Store) {
+			s.(*flawed).shared.left = append(s.(*flawed).shared.left, "abandoned")
+		},
 	}
 	switch flaw {
 	case "handles do not share":
@@ -358,6 +470,8 @@ func TestRightDriverPasses(t *testing.T) { Run(t, flawedHarness("")) }
 
 // Every flaw is found by the checks named with it, and every check finds one.
 func TestBrokenDriversFail(t *testing.T) {
+	defer func(d time.Duration) { patience = d }(patience)
+	patience = 2 * time.Second // a flaw shows sooner than a right driver
 	found := map[string]bool{}
 	for flaw, names := range map[string][]string{
 		"overwrites despite IfAbsent":         {"IfAbsent", "IfAbsentRace", "SecondHandle"},
@@ -393,6 +507,12 @@ func TestBrokenDriversFail(t *testing.T) {
 		"forgets when closed":                 {"Reopen"},
 		"handles do not share":                {"SecondHandle"},
 		"says more than it shows":             {"Reopen", "SecondHandle"},
+		"URLs are for any method":             {"Presign"},
+		"URLs are for any key":                {"Presign"},
+		"URLs live for ever":                  {"PresignExpires"},
+		"URLs may be for no time":             {"PresignErrors"},
+		"sweeps the young":                    {"Sweep", "SweepSparesPut"},
+		"sweeps nothing":                      {"Sweep"},
 	} {
 		t.Run(flaw, func(t *testing.T) {
 			for _, name := range names {

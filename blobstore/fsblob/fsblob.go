@@ -31,7 +31,7 @@ import (
 // Options tunes a store; the zero value is the default.
 type Options struct {
 	// StaleAfter is how old a temporary file must be before Open takes it for
-	// the leftover of a crash and removes it. Default 24 hours.
+	// the leftover of a crash and removes it, as Sweep does. Default 24 hours.
 	StaleAfter time.Duration
 	// NoSync omits every fsync: for tests and benchmarks. What was stored may
 	// be lost or torn when the machine crashes.
@@ -50,7 +50,10 @@ type Store struct {
 	write func(f *os.File, p []byte) (int, error) // tests put faults here
 }
 
-var _ blobstore.Store = (*Store)(nil)
+var (
+	_ blobstore.Store   = (*Store)(nil)
+	_ blobstore.Sweeper = (*Store)(nil)
+)
 
 // tmpDir holds files being written. No key has this name: "%t" is no escape.
 const tmpDir = "%tmp"
@@ -70,36 +73,53 @@ func Open(dir string, o Options) (*Store, error) {
 	}
 	s := &Store{root: root, o: o, write: (*os.File).Write}
 	s.dirs.store = s
-	if err := s.cleanTemp(time.Now().Add(-o.StaleAfter)); err != nil {
+	if _, err := s.cleanTemp(context.Background(), time.Now().Add(-o.StaleAfter)); err != nil {
 		root.Close()
 		return nil, fmt.Errorf("fsblob: temporary files: %w", err)
 	}
 	return s, nil
 }
 
-func (s *Store) cleanTemp(before time.Time) error {
+// Sweep implements blobstore.Sweeper.
+func (s *Store) Sweep(ctx context.Context, minAge time.Duration) (removed int, err error) {
+	end, err := s.begin(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer end()
+	removed, err = s.cleanTemp(ctx, time.Now().Add(-minAge))
+	if err != nil {
+		return removed, fmt.Errorf("fsblob: temporary files: %w", err)
+	}
+	return removed, nil
+}
+
+func (s *Store) cleanTemp(ctx context.Context, before time.Time) (removed int, err error) {
 	if err := s.root.MkdirAll(tmpDir, 0o700); err != nil {
-		return err
+		return 0, err
 	}
 	d, err := s.root.Open(tmpDir)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer d.Close()
 	for {
 		entries, err := d.ReadDir(1024)
 		for _, e := range entries {
+			if err := ctx.Err(); err != nil {
+				return removed, err
+			}
 			// Whoever fails to look or to remove was too late or not allowed:
 			// neither hinders the store.
-			if info, err := e.Info(); err == nil && info.ModTime().Before(before) {
-				_ = s.root.Remove(tmpDir + "/" + e.Name())
+			if info, err := e.Info(); err == nil && info.ModTime().Before(before) && s.root.Remove(tmpDir+"/"+e.Name()) == nil {
+				removed++
 			}
 		}
 		if err != nil {
 			if errors.Is(err, io.EOF) {
-				return nil
+				return removed, nil
 			}
-			return err
+			return removed, err
 		}
 	}
 }

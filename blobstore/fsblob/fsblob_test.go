@@ -39,6 +39,13 @@ func harness(o Options) blobstoretest.Harness {
 		},
 		Second:    func(tb testing.TB, s blobstore.Store) blobstore.Store { return open(tb, s.(*Store).root.Name(), o) },
 		Leftovers: leftovers,
+		Abandon: func(tb testing.TB, s blobstore.Store) {
+			f, err := s.(*Store).root.Create(tmpDir + "/abandoned")
+			if err != nil {
+				tb.Fatal(err)
+			}
+			f.Close()
+		},
 	}
 }
 

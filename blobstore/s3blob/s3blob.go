@@ -180,6 +180,8 @@ type Store struct {
 var (
 	_ blobstore.Store     = (*Store)(nil)
 	_ blobstore.Presigner = (*Store)(nil)
+	_ blobstore.Sweeper   = (*Store)(nil)
+	_ blobstore.Checker   = (*Store)(nil)
 )
 
 // Open returns a store once the bucket has answered. Errors wrap the sentinels
@@ -253,7 +255,8 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Check reports whether the bucket answers, for readiness. Errors are Open's.
+// Check implements blobstore.Checker: whether the bucket answers. Errors are
+// Open's.
 func (s *Store) Check(ctx context.Context) error { return s.check(ctx, s.o.Attempts) }
 
 func (s *Store) check(ctx context.Context, attempts int) error {

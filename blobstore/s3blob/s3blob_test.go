@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"testing"
 
+	"github.com/minio/minio-go/v7"
 	"go.uber.org/goleak"
 
 	"github.com/solstice-ci/solstice-go/blobstore"
@@ -60,6 +61,11 @@ func harness(change func(*Options)) blobstoretest.Harness {
 		},
 		Second:    again,
 		Leftovers: func(tb testing.TB, s blobstore.Store) []string { return uploads(tb, s.(*Store)) },
+		Abandon: func(tb testing.TB, s blobstore.Store) {
+			if _, err := s.(*Store).s3.NewMultipartUpload(tb.Context(), s.(*Store).o.Bucket, s.(*Store).name("abandoned"), minio.PutObjectOptions{}); err != nil {
+				tb.Fatal(err)
+			}
+		},
 	}
 }
 

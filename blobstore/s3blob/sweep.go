@@ -34,9 +34,9 @@ func (c *call) sweep(minAge time.Duration) (removed int, err error) {
 		if err != nil {
 			return removed, err
 		}
-		now := rec.date
-		if now.IsZero() {
-			now = time.Now()
+		now := time.Now()
+		if !rec.date.IsZero() {
+			now = rec.date.Add(time.Second) // it is in whole seconds
 		}
 		for _, u := range page.Uploads {
 			if _, ours := s.key(u.Key); !ours || now.Sub(u.Initiated) < minAge {
