@@ -249,9 +249,17 @@ func (e *Engine) Ready(ctx context.Context) error {
 	wake := queue.Message{Body: encode(wakeMessage{From: e.id}), ContentType: ContentTypeWake}
 	failed("queue", e.cfg.Queue.Publish(ctx, TopicWake, []queue.Message{wake}, queue.PublishOptions{}))
 	if e.cfg.Blobs != nil {
-		if _, err := e.cfg.Blobs.Stat(ctx, probe); !errors.Is(err, blobstore.ErrNotFound) {
-			failed("blob store", err)
-		}
+		failed("blob store", checkBlobs(ctx, e.cfg.Blobs))
 	}
 	return errors.Join(errs...)
+}
+
+func checkBlobs(ctx context.Context, s blobstore.Store) error {
+	if c, ok := blobstore.As[blobstore.Checker](s); ok {
+		return c.Check(ctx)
+	}
+	if _, err := s.Stat(ctx, probe); !errors.Is(err, blobstore.ErrNotFound) {
+		return err
+	}
+	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/solstice-ci/solstice-go/blobstore"
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/queue"
@@ -91,6 +92,8 @@ const (
 	lookAgain = 24 * time.Hour
 	// sweepAge is well above the time that an object is stored but not listed.
 	sweepAge = time.Hour
+	// putAge is well above the time that storing an object may take.
+	putAge = 24 * time.Hour
 	// batches of a transaction, of runs and of jobs
 	markBatch, jobBatch, leftoverBatch = 50, 20, 100
 )
@@ -426,22 +429,39 @@ func (c *collector) letters(ctx context.Context) error {
 }
 
 // sweep searches the blob store for objects that nothing lists, which crashed
-// and fenced writers leave. It reads the names of all objects, so one engine
-// does it, once in a while; it needs no other lease.
+// and fenced writers leave, and for what Puts left that never ended. It reads
+// the names of all objects, so one engine does it, once in a while; it needs no
+// other lease.
 func (c *collector) sweep(ctx context.Context) error {
-	s, ok := c.e.logs.(interface {
+	type sweeper interface {
 		Sweep(ctx context.Context, minAge time.Duration) (removed int, err error)
-	})
-	if !ok {
+	}
+	logs, isLogs := c.e.logs.(sweeper)
+	var blobs blobstore.Sweeper
+	isBlobs := false
+	if c.e.cfg.Blobs != nil {
+		blobs, isBlobs = blobstore.As[blobstore.Sweeper](c.e.cfg.Blobs)
+	}
+	if !isLogs && !isBlobs {
 		return nil
 	}
 	// A new owner each time: it is not to be renewed.
 	if mine, err := c.e.store.Lease(ctx, "retention/sweep", newID(), lookAgain); err != nil || !mine {
 		return err
 	}
-	n, err := s.Sweep(ctx, sweepAge)
-	c.objects += int64(n)
-	return err
+	var errs []error
+	swept := func(s sweeper, minAge time.Duration) {
+		n, err := s.Sweep(ctx, minAge)
+		c.objects += int64(n)
+		errs = append(errs, err)
+	}
+	if isLogs {
+		swept(logs, sweepAge)
+	}
+	if isBlobs {
+		swept(blobs, putAge)
+	}
+	return errors.Join(errs...)
 }
 
 // report counts what was removed, and says so if it is anything.
@@ -455,7 +475,7 @@ func (c *collector) report(ctx context.Context) {
 		{"logs", c.logs},
 		{"messages", c.messages + c.rest.Undelivered},
 		{"machines", c.rest.Machines},
-		{"objects", c.objects}, // of the blob store, which nothing listed
+		{"objects", c.objects}, // of the blob store, which nothing listed or which never ended
 		{"others", c.rest.Others},
 	} {
 		if k.n > 0 {
