@@ -68,6 +68,7 @@ var sentinels = map[string]error{
 	"SignatureDoesNotMatch":          ErrAuth,
 	"InvalidToken":                   ErrAuth,
 	"InvalidSecurity":                ErrAuth,
+	"XAdminUserNotFound":             ErrAuth,
 	"ExpiredToken":                   errExpired,
 	"ExpiredTokenException":          errExpired,
 	"TokenRefreshRequired":           errExpired,
@@ -92,6 +93,7 @@ var sentinels = map[string]error{
 	"XMinioStorageFull":              blobstore.ErrNoSpace,
 	"XMinioAdminBucketQuotaExceeded": blobstore.ErrNoSpace,
 	"EntityTooLarge":                 blobstore.ErrInvalid,
+	minio.InvalidBucketName:          blobstore.ErrInvalid,
 	"KeyTooLongError":                blobstore.ErrInvalid,
 	"BadDigest":                      errCorrupt,
 	"XAmzContentSHA256Mismatch":      errCorrupt,
@@ -113,7 +115,9 @@ func classify(err error, rec *record) (_ error, again bool) {
 	}
 	sentinel := sentinels[resp.Code]
 	switch {
-	case sentinel != nil:
+	case sentinel != nil && !rec.page:
+	case rec.page && resp.StatusCode < 500: // its code is minio's guess
+		sentinel = ErrNotS3
 	case resp.Code == "AuthorizationHeaderMalformed":
 		// Of the things that may be wrong with it, the region is the one that
 		// is configured.

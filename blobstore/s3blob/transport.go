@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -70,6 +71,7 @@ type record struct {
 	answered   bool          // a response came
 	date       time.Time     // of the server
 	retryAfter time.Duration // that it asks for
+	page       bool          // an error for people, as web servers give
 }
 
 type recordKey struct{}
@@ -86,6 +88,8 @@ func (r recorder) RoundTrip(req *http.Request) (*http.Response, error) {
 	*rec = record{err: err}
 	if resp != nil {
 		rec.answered = true
+		rec.page = resp.StatusCode >= 400 && strings.HasPrefix(resp.Header.Get("Content-Type"), "text/") &&
+			!strings.Contains(resp.Header.Get("Content-Type"), "xml") && req.Method != http.MethodHead
 		rec.date, _ = http.ParseTime(resp.Header.Get("Date")) // zero where there is none
 		if s, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && s > 0 {
 			rec.retryAfter = time.Duration(min(s, 3600)) * time.Second

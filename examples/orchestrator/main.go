@@ -246,13 +246,16 @@ func (f *flags) parts(ctx context.Context, db *bun.DB, dir string, cfg *solstice
 	open.add(q.Close)
 	cfg.Queue = q
 	if storage.IsPostgres(db) { // which several orchestrators may share, and so the logs
-		blobs, err := f.Blobs.Open(dir)
+		blobs, err := f.Blobs.Open(ctx, dir, cfg.Logger)
 		if err != nil {
 			return err
 		}
 		open.add(blobs.Close)
 		cfg.Blobs = blobs
 	} else {
+		if f.S3Bucket != "" {
+			return problem("an embedded orchestrator keeps its logs beside its database, not in a bucket", nil, "give --database-url of a PostgreSQL, or leave --s3-bucket away")
+		}
 		logs, err := filelog.Open(filepath.Join(dir, "logs"), filelog.Options{})
 		if err != nil {
 			return problem("cannot open the logs", err, "")

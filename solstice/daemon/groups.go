@@ -86,7 +86,7 @@ func (t Telemetry) Config() (telemetry.Config, error) {
 		}
 	}
 	if t.OTLPCA != "" {
-		pool, err := loadPool(t.OTLPCA)
+		pool, err := LoadPool(t.OTLPCA)
 		if err != nil {
 			return telemetry.Config{}, &Problem{What: "cannot use the file of --otlp-ca", Err: err}
 		}
@@ -95,7 +95,8 @@ func (t Telemetry) Config() (telemetry.Config, error) {
 	return cfg, nil
 }
 
-func loadPool(file string) (*x509.CertPool, error) {
+// LoadPool reads the authorities in a PEM file.
+func LoadPool(file string) (*x509.CertPool, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
 		return nil, err
@@ -185,7 +186,7 @@ func (a AgentEndpoint) Certificate() (get func(*tls.ClientHelloInfo) (*tls.Certi
 	}
 	r := &reloader{cert: a.AgentTLSCert, key: a.AgentTLSKey}
 	if _, err = r.config(nil); err == nil {
-		if _, err = loadPool(a.AgentTLSCA); err == nil {
+		if _, err = LoadPool(a.AgentTLSCA); err == nil {
 			ca, err = os.ReadFile(a.AgentTLSCA)
 		}
 	}

@@ -196,7 +196,7 @@ func (r *reloader) load() (*tls.Config, error) {
 		c.Certificates = []tls.Certificate{pair}
 	}
 	if r.ca != "" {
-		pool, err := loadPool(r.ca)
+		pool, err := LoadPool(r.ca)
 		if err != nil {
 			return nil, err
 		}

@@ -5,6 +5,7 @@ package storage
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"log/slog"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/solstice-ci/solstice-go/blobstore"
 	"github.com/solstice-ci/solstice-go/blobstore/fsblob"
+	"github.com/solstice-ci/solstice-go/blobstore/s3blob"
 	"github.com/solstice-ci/solstice-go/internal/sqldb"
 	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/queue/sqlqueue"
@@ -81,17 +83,33 @@ func databaseAdvice(err error) string {
 	return ""
 }
 
-// Blobs is the flag of the blob store, a directory.
+// Blobs are the flags of the blob store: a bucket where one is named, otherwise
+// a directory.
 type Blobs struct {
-	BlobFSRoot string `group:"Storage" name:"blob-fs-root" env:"BLOB_FS_ROOT" placeholder:"DIR" help:"Directory for logs and other large objects. Default: blobs in the state directory."`
+	BlobFSRoot             string `group:"Storage" name:"blob-fs-root" env:"BLOB_FS_ROOT" placeholder:"DIR" help:"Directory for logs and other large objects. Default: blobs in the state directory."`
+	S3Bucket               string `group:"Storage" name:"s3-bucket" env:"S3_BUCKET" placeholder:"NAME" help:"Bucket for logs and other large objects, instead of a directory. It must exist."`
+	S3Endpoint             string `group:"Storage" name:"s3-endpoint" env:"S3_ENDPOINT" placeholder:"URL" help:"Where the S3 service is, such as https://s3.example.com:9000. Default: AWS."`
+	S3Prefix               string `group:"Storage" name:"s3-prefix" env:"S3_PREFIX" placeholder:"PATH" help:"Part of the bucket to use, such as ci/main. Default: all of it."`
+	S3CA                   string `group:"Storage" name:"s3-ca" env:"S3_CA" placeholder:"FILE" help:"PEM file of the authorities that may sign the S3 service's certificate. Default: the system's."`
+	AWSRegion              string `group:"Storage" name:"aws-region" env:"AWS_REGION" default:"us-east-1" placeholder:"NAME" help:"Region of the bucket, also of services other than AWS."`
+	AWSAccessKeyID         string `group:"Storage" name:"aws-access-key-id" env:"AWS_ACCESS_KEY_ID" placeholder:"ID" help:"Access key for the bucket. Default: the role of this machine."`
+	AWSSecretAccessKey     string `group:"Storage" name:"aws-secret-access-key" env:"AWS_SECRET_ACCESS_KEY" placeholder:"KEY" help:"Secret key that belongs to it."`
+	AWSSecretAccessKeyFile string `group:"Storage" name:"aws-secret-access-key-file" env:"AWS_SECRET_ACCESS_KEY_FILE" placeholder:"FILE" help:"File with the secret key."`
 }
 
-// Open opens the store; without a directory of its own in stateDir.
-func (b Blobs) Open(stateDir string) (blobstore.Store, error) {
+// Open opens the store, and returns once a bucket has answered. Without a bucket
+// or a directory it is the directory blobs of stateDir. A nil log discards.
+func (b Blobs) Open(ctx context.Context, stateDir string, log *slog.Logger) (blobstore.Store, error) {
+	if b.S3Bucket != "" {
+		return b.openBucket(ctx, log)
+	}
+	if b.S3Endpoint != "" || b.S3Prefix != "" || b.S3CA != "" {
+		return nil, usage("an S3 service is described, but no bucket", "give --s3-bucket")
+	}
 	dir := b.BlobFSRoot
 	if dir == "" {
 		if stateDir == "" {
-			return nil, usage("there is neither a directory for blobs nor a state directory", "give --blob-fs-root or --state-dir")
+			return nil, usage("there is neither a directory for blobs nor a state directory", "give --blob-fs-root, --s3-bucket or --state-dir")
 		}
 		dir = filepath.Join(stateDir, "blobs")
 	}
@@ -100,6 +118,64 @@ func (b Blobs) Open(stateDir string) (blobstore.Store, error) {
 		return nil, &daemon.Problem{What: "cannot open the blob store", Err: err}
 	}
 	return s, nil
+}
+
+func (b Blobs) openBucket(ctx context.Context, log *slog.Logger) (blobstore.Store, error) {
+	if b.BlobFSRoot != "" {
+		return nil, usage("blobs cannot be both in a directory and in a bucket", "give --blob-fs-root or --s3-bucket")
+	}
+	secret, err := daemon.Secret("aws-secret-access-key", b.AWSSecretAccessKey, b.AWSSecretAccessKeyFile)
+	if err != nil {
+		return nil, err
+	}
+	if (secret == "") != (b.AWSAccessKeyID == "") {
+		return nil, usage("the access key of the bucket needs its secret key, and the other way round",
+			"give --aws-access-key-id and --aws-secret-access-key or its file, or neither, for the role of this machine")
+	}
+	o := s3blob.Options{
+		Endpoint: b.S3Endpoint, Bucket: b.S3Bucket, Region: b.AWSRegion, Prefix: b.S3Prefix,
+		AccessKey: b.AWSAccessKeyID, SecretKey: secret, Logger: log,
+		TracerProvider: otel.GetTracerProvider(), MeterProvider: otel.GetMeterProvider(),
+	}
+	if b.S3CA != "" {
+		pool, err := daemon.LoadPool(b.S3CA)
+		if err != nil {
+			return nil, &daemon.Problem{What: "cannot use the file of --s3-ca", Err: err}
+		}
+		o.TLS = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
+	}
+	s, err := s3blob.Open(ctx, o)
+	if err != nil {
+		return nil, &daemon.Problem{What: "cannot open the bucket for blobs", Err: err, Advice: bucketAdvice(err)}
+	}
+	return s, nil
+}
+
+func bucketAdvice(err error) string {
+	for _, known := range []struct {
+		is     error
+		advice string
+	}{
+		{s3blob.ErrEndpoint, "give --s3-endpoint as https://HOST or http://HOST:PORT, without the bucket"},
+		{s3blob.ErrHostNotFound, "the host in --s3-endpoint does not resolve: check its spelling and this machine's DNS"},
+		{s3blob.ErrRefused, "nothing answers at host and port of --s3-endpoint: start the S3 service, or correct them"},
+		{s3blob.ErrTLS, "give the service's authority with --s3-ca, or check http:// against https:// in --s3-endpoint"},
+		{s3blob.ErrNoCredentials, "give --aws-access-key-id and --aws-secret-access-key, or a role to this machine"},
+		{s3blob.ErrAuth, "correct --aws-access-key-id and --aws-secret-access-key (or its file)"},
+		{s3blob.ErrClock, "set this machine's clock, or the service's"},
+		{s3blob.ErrRegion, "give --aws-region as the region that the service or the bucket is in"},
+		{s3blob.ErrNoBucket, "create the bucket, or correct --s3-bucket"},
+		{s3blob.ErrDenied, "allow these credentials to list, read, write and delete in the bucket, also multipart uploads; or correct --s3-bucket"},
+		{s3blob.ErrNotS3, "what answers at --s3-endpoint is no S3 service: check host, port, and http:// against https://"},
+		{s3blob.ErrThrottled, "the service asks for fewer requests: start again later"},
+		{s3blob.ErrUnreachable, "the host in --s3-endpoint does not answer: check the address, and firewalls on the way"},
+		{blobstore.ErrInvalid, "correct --s3-bucket (3 to 63 small letters, digits, dots and hyphens) or --s3-prefix"},
+	} {
+		if errors.Is(err, known.is) {
+			return known.advice
+		}
+	}
+	return ""
 }
 
 // OpenQueue opens the queue kept in db.

@@ -2,13 +2,18 @@ package storage
 
 import (
 	"errors"
+	"io"
+	"log"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/solstice-ci/solstice-go/blobstore"
+	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
 )
@@ -30,7 +35,7 @@ func TestEmbeddedDefaultsOpen(t *testing.T) {
 	if err := q.Publish(t.Context(), "topic", []queue.Message{{Body: []byte("x")}}, queue.PublishOptions{}); err != nil {
 		t.Error(err)
 	}
-	blobs, err := Blobs{}.Open(dir)
+	blobs, err := Blobs{}.Open(t.Context(), dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,11 +82,86 @@ func TestDatabaseProblemsHaveAdvice(t *testing.T) {
 	}
 }
 
+func TestBucketOpens(t *testing.T) {
+	b := testenv.S3(t)
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte(b.SecretKey+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	blobs, err := Blobs{
+		S3Bucket: b.Bucket, S3Endpoint: b.Endpoint, S3Prefix: "ci/main", AWSRegion: b.Region,
+		AWSAccessKeyID: b.AccessKey, AWSSecretAccessKeyFile: secret,
+	}.Open(t.Context(), "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = blobs.Close() }()
+	if _, err := blobs.Put(t.Context(), "a/b", strings.NewReader("x"), blobstore.PutOptions{}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestBucketProblemsHaveAdvice(t *testing.T) {
+	b := testenv.S3(t)
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := "http://" + lis.Addr().String()
+	_ = lis.Close()
+	web := httptest.NewServer(http.NotFoundHandler())
+	defer web.Close()
+	secure := httptest.NewTLSServer(http.NotFoundHandler())
+	defer secure.Close()
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	garbage := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(garbage, []byte("no certificate"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name   string
+		change func(*Blobs)
+		advice string
+	}{
+		{"no bucket named", func(b *Blobs) { b.S3Bucket = "" }, "--s3-bucket"},
+		{"two places", func(b *Blobs) { b.BlobFSRoot = "/somewhere" }, "--blob-fs-root or --s3-bucket"},
+		{"half of the credentials", func(b *Blobs) { b.AWSSecretAccessKey = "" }, "or neither"},
+		{"bad bucket name", func(b *Blobs) { b.S3Bucket = "Not_A_Bucket" }, "--s3-bucket (3 to 63"},
+		{"endpoint with a path", func(b *Blobs) { b.S3Endpoint += "/bucket" }, "without the bucket"},
+		{"endpoint with a password", func(b *Blobs) { b.S3Endpoint = "http://u:hunter2@127.0.0.1" }, "without the bucket"},
+		{"host", func(b *Blobs) { b.S3Endpoint = "http://no-such-host.invalid" }, "does not resolve"},
+		{"refused", func(b *Blobs) { b.S3Endpoint = closed }, "start the S3 service"},
+		{"authority", func(b *Blobs) { b.S3Endpoint = secure.URL }, "--s3-ca"},
+		{"authority's file", func(b *Blobs) { b.S3CA = garbage }, ""},
+		{"https where http is", func(b *Blobs) { b.S3Endpoint = strings.Replace(b.S3Endpoint, "http:", "https:", 1) }, "http:// against https://"},
+		{"key unknown", func(b *Blobs) { b.AWSAccessKeyID = "somebody" }, "--aws-access-key-id"},
+		{"secret wrong", func(b *Blobs) { b.AWSSecretAccessKey = "hunter2" }, "--aws-secret-access-key"},
+		{"region", func(b *Blobs) { b.AWSRegion = "eu-mars-1" }, "--aws-region"},
+		{"bucket missing", func(b *Blobs) { b.S3Bucket = "no-such-bucket" }, "create the bucket"},
+		{"a web server", func(b *Blobs) { b.S3Endpoint = web.URL }, "no S3 service"},
+	} {
+		f := Blobs{S3Bucket: b.Bucket, S3Endpoint: b.Endpoint, AWSRegion: b.Region, AWSAccessKeyID: b.AccessKey, AWSSecretAccessKey: b.SecretKey}
+		c.change(&f)
+		s, err := f.Open(t.Context(), t.TempDir(), nil)
+		if err == nil {
+			_ = s.Close()
+		}
+		p, ok := errors.AsType[*daemon.Problem](err)
+		if !ok || !strings.Contains(p.Advice, c.advice) || p.Advice == "" && c.advice != "" {
+			t.Errorf("%s: error %v, want advice about %q", c.name, err, c.advice)
+		} else if strings.Contains(err.Error(), "hunter2") || strings.Contains(err.Error(), b.SecretKey) {
+			t.Errorf("%s: the error shows a secret: %v", c.name, err)
+		} else {
+			t.Logf("%s: %v; %s", c.name, err, p.Advice)
+		}
+	}
+}
+
 func TestNowhereToKeepState(t *testing.T) {
 	if _, err := defaults().Open(t.Context(), "", nil); err == nil {
 		t.Error("a database without URL and state directory was opened")
 	}
-	if _, err := (Blobs{}).Open(""); err == nil {
+	if _, err := (Blobs{}).Open(t.Context(), "", nil); err == nil {
 		t.Error("a blob store without directory was opened")
 	}
 	if _, err := (Database{}).Open(t.Context(), t.TempDir(), nil); err == nil {

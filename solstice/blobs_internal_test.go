@@ -1,0 +1,71 @@
+package solstice
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/solstice-ci/solstice-go/blobstore"
+	"github.com/solstice-ci/solstice-go/blobstore/memblob"
+	"github.com/solstice-ci/solstice-go/internal/testenv"
+)
+
+// ailing is a store that can be swept and asked for its health.
+type ailing struct {
+	blobstore.Store
+	swept []time.Duration
+	err   error
+}
+
+func (a *ailing) Sweep(_ context.Context, minAge time.Duration) (int, error) {
+	a.swept = append(a.swept, minAge)
+	return 2, a.err
+}
+
+func (a *ailing) Check(context.Context) error { return a.err }
+
+// TestUnfinishedPutsAreSwept: with what nothing lists, once a day.
+func TestUnfinishedPutsAreSwept(t *testing.T) {
+	a := newArchive(t, testenv.SQLite(t))
+	e := a.engine(a.db, testRules, nil)
+	s := &ailing{Store: memblob.New()}
+	e.cfg.Blobs = s
+	a.collect(e)
+	if c := a.collect(e); len(s.swept) != 1 || s.swept[0] != putAge || c.objects != 0 {
+		t.Errorf("swept %v, %d objects in the second pass", s.swept, c.objects)
+	}
+	a.pass(lookAgain + time.Minute)
+	if c := a.collect(e); len(s.swept) != 2 || c.objects != 2 {
+		t.Errorf("swept %v, %d objects", s.swept, c.objects)
+	}
+	a.pass(lookAgain + time.Minute)
+	s.err = errors.New("the blob store is away")
+	if _, err := (&collector{e: e}).pass(t.Context()); !errors.Is(err, s.err) {
+		t.Errorf("a sweep that fails: %v", err)
+	}
+}
+
+// TestReadyAsksTheBlobStore: for its health where it can tell, otherwise for an
+// object.
+func TestReadyAsksTheBlobStore(t *testing.T) {
+	a := newArchive(t, testenv.SQLite(t))
+	e := a.engine(a.db, testRules, nil)
+	s := &ailing{Store: memblob.New(), err: errors.New("no such bucket")}
+	e.cfg.Blobs = s
+	if err := e.Ready(t.Context()); !errors.Is(err, s.err) || !errors.Is(err, ErrNotReady) {
+		t.Errorf("with a store that is ill: %v", err)
+	}
+	was := s.err
+	s.err = nil
+	if err := e.Ready(t.Context()); errors.Is(err, was) {
+		t.Errorf("with a store that is well: %v", err)
+	}
+	e.cfg.Blobs = memblob.New()
+	if err := checkBlobs(t.Context(), e.cfg.Blobs); err != nil {
+		t.Errorf("with a store that does not tell: %v", err)
+	}
+	if err := errors.Join(e.cfg.Blobs.Close(), checkBlobs(t.Context(), e.cfg.Blobs)); !errors.Is(err, blobstore.ErrClosed) {
+		t.Errorf("with a closed store: %v", err)
+	}
+}
