@@ -1,0 +1,36 @@
+package amqpqueue_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/solstice-ci/solstice-go/internal/testenv"
+	"github.com/solstice-ci/solstice-go/queue"
+	"github.com/solstice-ci/solstice-go/queue/amqpqueue"
+	"github.com/solstice-ci/solstice-go/queue/queuetest"
+)
+
+func open(tb queuetest.TB, url string) *amqpqueue.Queue {
+	tb.Helper()
+	q, err := amqpqueue.Open(context.Background(), amqpqueue.Options{URL: url, ConnectionName: "test"})
+	if err != nil {
+		tb.Fatalf("Open: %v", err)
+	}
+	return q
+}
+
+func TestConformance(t *testing.T) {
+	testenv.RabbitMQ(t) // which may take longer to start than the suite waits
+	urls := map[queue.Queue]string{}
+	at := func(tb queuetest.TB, url string) queue.Queue {
+		q := open(tb, url)
+		urls[q] = url
+		return q
+	}
+	again := func(tb queuetest.TB, q queue.Queue) queue.Queue { return at(tb, urls[q]) }
+	queuetest.Run(t, queuetest.Harness{
+		New:    func(tb queuetest.TB) queue.Queue { return at(tb, testenv.RabbitMQ(tb.(testing.TB))) },
+		Reopen: again,
+		Second: again,
+	})
+}

@@ -1,0 +1,167 @@
+package amqpqueue
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"sync"
+	"sync/atomic"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"golang.org/x/sync/semaphore"
+)
+
+// The window bounds what is published and not yet confirmed, and with it what
+// waits to be written while the broker does not read.
+const (
+	windowMessages = 1024
+	windowUnit     = 16 << 10 // bytes of a message that count as one
+)
+
+// publisher shares one channel among all who publish. Every message is
+// mandatory unless it says otherwise; the broker sends what it could not route
+// back before it confirms it.
+type publisher struct {
+	ses    *session
+	ch     *amqp.Channel
+	window *semaphore.Weighted
+	serial atomic.Uint64
+
+	// returns never is full, which would stop the connection's reader: it has
+	// room for the window, which a message leaves after its return was read.
+	returns chan amqp.Return
+	mu      sync.Mutex
+	back    map[string]struct{} // returned, by correlation ID
+}
+
+// outgoing is a message on its way.
+type outgoing struct {
+	exchange, key string
+	optional      bool // may go nowhere
+	msg           amqp.Publishing
+	weight        int64
+	confirm       *amqp.DeferredConfirmation
+}
+
+func newPublisher(ses *session, ch *amqp.Channel) (*publisher, error) {
+	if err := ch.Confirm(false); err != nil {
+		return nil, err
+	}
+	p := &publisher{
+		ses: ses, ch: ch, window: semaphore.NewWeighted(windowMessages),
+		returns: make(chan amqp.Return, windowMessages), back: map[string]struct{}{},
+	}
+	ch.NotifyReturn(p.returns)
+	return p, nil
+}
+
+// send publishes without waiting for the confirm, which await does. After an
+// error nothing was published.
+func (p *publisher) send(ctx context.Context, o *outgoing) error {
+	o.weight = 1 + int64(len(o.msg.Body))/windowUnit
+	if err := p.window.Acquire(ctx, o.weight); err != nil {
+		return err
+	}
+	if !o.optional {
+		o.msg.CorrelationId = strconv.FormatUint(p.serial.Add(1), 36)
+	}
+	var err error
+	if o.confirm, err = p.ch.PublishWithDeferredConfirm(o.exchange, o.key, !o.optional, false, o.msg); err != nil {
+		p.window.Release(o.weight)
+		return p.ses.lost(err)
+	}
+	return nil
+}
+
+// await returns nil once the broker has the message on disk, in every queue it
+// was routed to.
+func (p *publisher) await(ctx context.Context, o *outgoing) error {
+	select {
+	case <-o.confirm.Done():
+		return p.outcome(o)
+	default:
+	}
+	select {
+	case <-o.confirm.Done():
+		return p.outcome(o)
+	case <-ctx.Done():
+	case <-p.ses.q.closing:
+		p.abandon(o)
+		return errClosed
+	}
+	p.abandon(o)
+	return ctx.Err()
+}
+
+// abandon leaves a message to itself. It keeps its place in the window until
+// the broker, or the end of the connection, decides about it.
+func (p *publisher) abandon(o *outgoing) {
+	go func() {
+		<-o.confirm.Done()
+		_ = p.outcome(o) // nobody asks any more
+	}()
+}
+
+func (p *publisher) outcome(o *outgoing) error {
+	returned := p.wasReturned(o)
+	p.window.Release(o.weight)
+	switch {
+	case !o.confirm.Acked() && p.ch.IsClosed():
+		return p.ses.lost(amqp.ErrClosed)
+	case !o.confirm.Acked():
+		return ErrRejected
+	case returned:
+		return errReturned
+	}
+	return nil
+}
+
+// wasReturned reads the returns that came so far: that of a confirmed message
+// is among them.
+func (p *publisher) wasReturned(o *outgoing) bool {
+	if o.optional {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		select {
+		case r, ok := <-p.returns:
+			if ok {
+				p.back[r.CorrelationId] = struct{}{}
+				continue
+			}
+		default:
+		}
+		break
+	}
+	if len(p.back) == 0 {
+		return false
+	}
+	_, returned := p.back[o.msg.CorrelationId]
+	delete(p.back, o.msg.CorrelationId)
+	return returned
+}
+
+// publish sends one message and waits for its confirm.
+func (p *publisher) publish(ctx context.Context, o *outgoing) error {
+	if err := p.send(ctx, o); err != nil {
+		return err
+	}
+	return p.await(ctx, o)
+}
+
+// republish is publish for a message of which a group's queue must not be
+// missing: should it be, declare makes it again.
+func (p *publisher) republish(ctx context.Context, o *outgoing, declare func() error) error {
+	err := p.publish(ctx, o)
+	for tries := 0; err == errReturned && tries < routeTries; tries++ { //nolint:errorlint // ours, never wrapped
+		if err = declare(); err == nil {
+			err = p.publish(ctx, o)
+		}
+	}
+	if err == errReturned { //nolint:errorlint // see above
+		err = fmt.Errorf("%w: %s", ErrUnroutable, o.key)
+	}
+	return err
+}

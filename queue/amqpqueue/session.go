@@ -1,0 +1,334 @@
+package amqpqueue
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	amqp "github.com/rabbitmq/amqp091-go"
+
+	"github.com/solstice-ci/solstice-go/queue"
+)
+
+// Kept bare for comparisons without a search through wrapped errors.
+var (
+	errClosed   = queue.ErrClosed
+	errReturned = errors.New("amqpqueue: message returned as unroutable")
+)
+
+// session is one connection.
+type session struct {
+	q       *Queue
+	raw     *transport
+	conn    *amqp.Connection
+	pub     *publisher
+	blocked atomic.Bool
+
+	ctx  context.Context // ends, with the cause, when the connection does
+	end  context.CancelCauseFunc
+	work sync.WaitGroup // all that uses the connection
+
+	admin   chan struct{} // capacity 1: who holds it may use adminCh
+	adminCh *amqp.Channel
+
+	letters chan struct{} // capacity 1: who holds it may walk through dead letters
+
+	mu    sync.Mutex
+	known map[string]struct{} // exchanges and queues declared in this session
+}
+
+// connect opens a connection, or says why it can't.
+func (q *Queue) connect(ctx context.Context) (*session, error) {
+	ctx, cancel := context.WithTimeout(ctx, q.o.ConnectTimeout)
+	defer cancel()
+	where := net.JoinHostPort(q.uri.Host, strconv.Itoa(q.uri.Port))
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", where)
+	if err != nil {
+		return nil, classifyDial(err, where)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.Close() }) // ends whatever below waits for the broker
+	defer stop()
+	s, err := q.open(ctx, c, where)
+	if err == nil {
+		return s, nil
+	}
+	_ = c.Close()
+	if s != nil {
+		s.raw.Close()
+		s.end(err)
+	}
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, context.Canceled):
+		return nil, cause
+	case cause != nil:
+		return nil, fmt.Errorf("%w: %s: %w", ErrUnreachable, where, cause)
+	}
+	return nil, err
+}
+
+func (q *Queue) open(ctx context.Context, c net.Conn, where string) (*session, error) {
+	if q.uri.Scheme == "amqps" {
+		tc := tls.Client(c, q.tls)
+		if err := tc.HandshakeContext(ctx); err != nil {
+			if !isTLS(err) && ctx.Err() == nil {
+				err = fmt.Errorf("%w: %w", ErrTLS, err)
+			}
+			return nil, classifyDial(err, where)
+		}
+		c = tc
+	}
+	s := &session{q: q, raw: newTransport(c), admin: make(chan struct{}, 1), letters: make(chan struct{}, 1), known: map[string]struct{}{}}
+	s.ctx, s.end = context.WithCancelCause(context.Background())
+	properties := amqp.NewConnectionProperties()
+	properties["product"], properties["connection_name"] = "Solstice", q.o.ConnectionName
+	delete(properties, "version")
+	conn, err := amqp.Open(s.raw, amqp.Config{
+		SASL: q.sasl, Vhost: q.uri.Vhost, Heartbeat: q.o.Heartbeat, Properties: properties, Locale: "en_US",
+	})
+	if err != nil {
+		return s, classifyOpen(err, s.raw.cause(), where)
+	}
+	s.conn = conn
+	closes := conn.NotifyClose(make(chan *amqp.Error, 1))
+	blocks := conn.NotifyBlocked(make(chan amqp.Blocking, 1))
+	s.work.Go(func() {
+		err, ok := <-closes
+		if !ok {
+			s.end(errClosed)
+			return
+		}
+		if cause := s.raw.cause(); cause != nil && !err.Server {
+			s.end(fmt.Errorf("%w: %w", ErrConnectionLost, cause))
+			return
+		}
+		s.end(fmt.Errorf("%w: %w", ErrConnectionLost, err))
+	})
+	s.work.Go(func() {
+		for b := range blocks {
+			s.blocked.Store(b.Active)
+			q.log.Warn("amqpqueue: broker blocks publishing", "blocked", b.Active, "reason", b.Reason)
+		}
+	})
+	if err := q.prepare(s); err != nil {
+		return s, fmt.Errorf("connect to %s: %w", where, classify(err))
+	}
+	return s, nil
+}
+
+// prepare opens the channels that every session has.
+func (q *Queue) prepare(s *session) (err error) {
+	if s.adminCh, err = s.conn.Channel(); err != nil {
+		return err
+	}
+	if err := q.declareExchanges(s.adminCh); err != nil {
+		return err
+	}
+	ch, err := s.conn.Channel()
+	if err != nil {
+		return err
+	}
+	closes := ch.NotifyClose(make(chan *amqp.Error, 1))
+	s.work.Go(func() {
+		if err, ok := <-closes; ok && err.Server {
+			// Nothing we publish should offend the broker; all start anew.
+			q.log.Error("amqpqueue: broker closed the publishing channel", "error", err)
+			_ = s.raw.Close()
+		}
+	})
+	s.pub, err = newPublisher(s, ch)
+	return err
+}
+
+// lost says that what was under way failed with the connection, and why.
+func (s *session) lost(err error) error {
+	if cause := context.Cause(s.ctx); cause != nil {
+		return cause
+	}
+	return fmt.Errorf("%w: %w", ErrConnectionLost, err)
+}
+
+// do runs declarations on the channel for them, one caller at a time. It does
+// not wait for them longer than ctx, so they must be such that do no harm when
+// they happen later.
+func (s *session) do(ctx context.Context, fn func(ch *amqp.Channel) error) error {
+	select {
+	case s.admin <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.ctx.Done():
+		return context.Cause(s.ctx)
+	}
+	done := make(chan error, 1)
+	s.work.Go(func() {
+		defer func() { <-s.admin }()
+		if s.adminCh.IsClosed() { // the broker closes it with every refusal
+			ch, err := s.conn.Channel()
+			if err != nil {
+				done <- s.lost(err)
+				return
+			}
+			s.adminCh = ch
+		}
+		done <- fn(s.adminCh)
+	})
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// channel opens a channel of one's own.
+func (s *session) channel(ctx context.Context) (*amqp.Channel, error) {
+	type result struct {
+		ch  *amqp.Channel
+		err error
+	}
+	done := make(chan result, 1)
+	s.work.Go(func() {
+		ch, err := s.conn.Channel()
+		done <- result{ch, err}
+		if err == nil && ctx.Err() != nil {
+			_ = ch.Close() // nobody waits for it
+		}
+	})
+	select {
+	case r := <-done:
+		if r.err != nil {
+			return nil, s.lost(r.err)
+		}
+		return r.ch, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// once runs fn unless it succeeded for that name in this session.
+func (s *session) once(name string, fn func() error) error {
+	s.mu.Lock()
+	_, known := s.known[name]
+	s.mu.Unlock()
+	if known {
+		return nil
+	}
+	if err := fn(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.known[name] = struct{}{}
+	return nil
+}
+
+// close ends the session in good order within ctx, otherwise at once.
+func (s *session) close(ctx context.Context) (err error) {
+	done := make(chan error, 1)
+	go func() { done <- s.conn.Close() }()
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		_ = s.raw.Close()
+		<-done
+		err = ErrUnreachable
+	}
+	_ = s.raw.Close()
+	s.end(errClosed)
+	s.work.Wait()
+	if errors.Is(err, amqp.ErrClosed) {
+		err = nil // it had ended by itself
+	}
+	return err
+}
+
+// supervise keeps the queue connected until it closes.
+func (q *Queue) supervise(s *session) {
+	for s != nil {
+		q.setLive(s, nil)
+		select {
+		case <-q.finish:
+			return
+		case <-s.ctx.Done():
+		}
+		cause := context.Cause(s.ctx)
+		q.setLive(nil, cause)
+		q.log.Warn("amqpqueue: disconnected", "error", cause)
+		_ = s.raw.Close()
+		s.work.Wait()
+		s = q.reconnect()
+	}
+}
+
+// reconnect tries for ever, or until the queue closes.
+func (q *Queue) reconnect() *session {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	defer context.AfterFunc(q.closingCtx, cancel)()
+	retry := backoff.NewExponentialBackOff()
+	retry.InitialInterval, retry.MaxInterval = 100*time.Millisecond, 10*time.Second
+	for {
+		s, err := q.connect(ctx)
+		if err == nil {
+			q.log.Info("amqpqueue: connected again")
+			q.m.reconnects.Add(ctx, 1)
+			return s
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		q.setLive(nil, err)
+		wait := retry.NextBackOff()
+		q.log.Warn("amqpqueue: cannot connect", "error", err, "again_in", wait)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// setLive says which session is in use, or why none is.
+func (q *Queue) setLive(s *session, why error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.live, q.why = s, why
+	close(q.changed)
+	q.changed = make(chan struct{})
+}
+
+// session waits for a connection.
+func (q *Queue) session(ctx context.Context) (*session, error) {
+	for {
+		q.mu.Lock()
+		s, changed, why := q.live, q.changed, q.why
+		q.mu.Unlock()
+		if s != nil {
+			return s, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w: %w", ctx.Err(), ErrNotConnected, why)
+		case <-q.closing:
+			return nil, errClosed
+		}
+	}
+}
+
+// done ends with the session, as it has where there is none.
+func (s *session) done() <-chan struct{} {
+	if s == nil {
+		return ended
+	}
+	return s.ctx.Done()
+}
+
+var ended = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
