@@ -53,7 +53,7 @@ func (p Peers) TLS(g GRPC) (func() (*tls.Config, error), error) {
 		return nil, usage("orchestrators that reach each other need certificates", nil, "give --grpc-tls-cert, --grpc-tls-key and --grpc-tls-ca, the same authority to every orchestrator")
 	}
 	get := func() (*tls.Config, error) {
-		pool, err := loadPool(g.GRPCTLSCA)
+		pool, err := LoadPool(g.GRPCTLSCA)
 		if err != nil {
 			return nil, err
 		}
