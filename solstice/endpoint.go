@@ -68,7 +68,7 @@ func (e *Engine) listen(ctx context.Context) error {
 		}
 		e.contacts = []string{e.listener.Addr().String()}
 	}
-	e.fleet.Store(&e.contacts)
+	e.fleet.Store(&fleet{[]string{e.id}, e.contacts})
 	return nil
 }
 
@@ -443,7 +443,7 @@ func (s *agentService) Enroll(ctx context.Context, r *agentv1.EnrollRequest) (*a
 	return &agentv1.EnrollResponse{
 		SessionCredential: cred, MachineId: m.ID, Protocol: protocol, ServerTime: timestamppb.New(timeOf(now)),
 		HeartbeatInterval: durationpb.New(e.cfg.Timing.Heartbeat), AgentDeadline: durationpb.New(e.cfg.Timing.AgentDeadline),
-		MaxEventBytes: maxEventBytes, Contacts: *e.fleet.Load(),
+		MaxEventBytes: maxEventBytes, Contacts: e.Contacts(),
 	}, nil
 }
 

@@ -50,8 +50,8 @@ type Engine struct {
 	relayKick flag
 	wakes     *wakeSender
 	listener  net.Listener
-	contacts  []string                 // of this engine
-	fleet     atomic.Pointer[[]string] // these, and then those of the others
+	contacts  []string // of this engine
+	fleet     atomic.Pointer[fleet]
 	ca        []byte
 
 	mu       sync.Mutex

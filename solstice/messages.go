@@ -323,6 +323,7 @@ func (e *Engine) hearWakes(ctx context.Context, sub queue.Subscription) {
 		}
 		var w wakeMessage
 		if json.Unmarshal(d.Message().Body, &w) == nil && w.From != e.id {
+			e.heardOf(ctx, w.From)
 			e.wakeLocal(w.Labels)
 		}
 	}

@@ -40,39 +40,62 @@ func (e *Engine) beat(ctx context.Context) {
 	o := store.Orchestrator{
 		ID: e.id, Addr: e.cfg.PeerAddr, Contacts: encode(e.contacts), Pools: encode(offers), Slots: e.cfg.MaxConcurrency,
 	}
-	err := e.store.Beat(ctx, o, e.cfg.Timing.Lease)
-	var there []*store.Orchestrator
-	if err == nil {
-		there, err = e.store.Orchestrators(ctx)
-	}
-	if err != nil {
+	if err := e.store.Beat(ctx, o, e.cfg.Timing.Lease); err != nil {
 		if ctx.Err() == nil {
 			e.log.WarnContext(ctx, "presence not recorded", "error", err)
 		}
 		return
 	}
-	e.meet(there)
+	e.meet(ctx)
 }
 
-// meet takes note of where agents reach the other engines, for when they do not
-// reach this one.
-func (e *Engine) meet(there []*store.Orchestrator) {
-	list := slices.Clone(e.contacts)
+// fleet is the engines that are there, as one of them knows them.
+type fleet struct {
+	ids      []string
+	contacts []string // where agents reach them, our own first
+}
+
+// meet takes note of the engines that are there.
+func (e *Engine) meet(ctx context.Context) {
+	there, err := e.store.Orchestrators(ctx)
+	if err != nil {
+		if ctx.Err() == nil {
+			e.log.WarnContext(ctx, "other orchestrators not known", "error", err)
+		}
+		return
+	}
+	f := &fleet{ids: []string{e.id}, contacts: slices.Clone(e.contacts)}
 	for _, o := range there {
+		if o.ID == e.id {
+			continue
+		}
+		f.ids = append(f.ids, o.ID)
 		for _, c := range decode[[]string](o.Contacts) {
-			if o.ID != e.id && !slices.Contains(list, c) {
-				list = append(list, c)
+			if !slices.Contains(f.contacts, c) {
+				f.contacts = append(f.contacts, c)
 			}
 		}
 	}
-	if now := e.fleet.Load(); !slices.Equal(*now, list) {
-		e.fleet.Store(&list)
+	if now := e.fleet.Load(); !slices.Equal(now.ids, f.ids) || !slices.Equal(now.contacts, f.contacts) {
+		e.fleet.Store(f)
+	}
+}
+
+// heardOf meets an engine that is not known yet, so that agents hear of it at
+// once. One that cannot be met is forgotten with the next beat.
+func (e *Engine) heardOf(ctx context.Context, id string) {
+	if id == "" || slices.Contains(e.fleet.Load().ids, id) {
+		return
+	}
+	e.meet(ctx)
+	if now := e.fleet.Load(); !slices.Contains(now.ids, id) {
+		e.fleet.Store(&fleet{append(slices.Clone(now.ids), id), now.contacts})
 	}
 }
 
 // Contacts lists where agents are told to go, in order: to this engine, and then
-// to the others that are there, as of a third of a lease ago.
-func (e *Engine) Contacts() []string { return slices.Clone(*e.fleet.Load()) }
+// to the others that are there.
+func (e *Engine) Contacts() []string { return slices.Clone(e.fleet.Load().contacts) }
 
 // Peers lists where the other orchestrators that are there are reached, as
 // their Config.PeerAddr says.

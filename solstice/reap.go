@@ -22,6 +22,7 @@ func (e *Engine) renewLoop(ctx context.Context) {
 	tick := time.NewTicker(e.renewal())
 	defer tick.Stop()
 	e.beat(ctx)
+	e.wakes.send(nil) // the others hear of this engine
 	for {
 		select {
 		case <-ctx.Done():

@@ -50,7 +50,7 @@ type session struct {
 	run       *store.Run
 	spec      *agentv1.JobSpec
 	confirmed bool
-	told      *[]string // the contacts that the agent was told last
+	told      *fleet // whose contacts the agent was told last
 	stored    int64     // seq of the last event that is in the log, and on its way to the database
 	logSize   int64
 	steps     map[int]*store.Step
@@ -345,7 +345,7 @@ func (s *session) sendContacts() error {
 		return nil
 	}
 	s.told = now
-	return s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Contacts{Contacts: &agentv1.ContactList{Contacts: *now}}})
+	return s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Contacts{Contacts: &agentv1.ContactList{Contacts: now.contacts}}})
 }
 
 func (s *session) sendCancel(reason string) error {

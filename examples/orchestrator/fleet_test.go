@@ -34,6 +34,7 @@ type fleet struct {
 	exe      string
 	dirs     []string // state directories
 	addrs    []string // for clients and peers
+	agents   []string // for agents
 	args     []string
 	trust    string // PEM file
 	database string
@@ -57,7 +58,7 @@ func newFleet(t *testing.T, exe string, n int) *fleet {
 	base := t.TempDir()
 	f.trust, f.machines = ca.File, filepath.Join(base, "machines")
 	f.args = []string{
-		"--database-url", f.database, "--auto-migrate", "--amqp-url", vhost,
+		"--database-url", f.database, "--auto-migrate",
 		"--s3-endpoint", bucket.Endpoint, "--s3-bucket", bucket.Bucket, "--aws-region", bucket.Region,
 		"--aws-access-key-id", bucket.AccessKey, "--aws-secret-access-key-file", secret,
 		"--grpc-tls-cert", cert.Cert, "--grpc-tls-key", cert.Key, "--grpc-tls-ca", cert.CA, "--mtls-role=none",
@@ -74,7 +75,7 @@ func newFleet(t *testing.T, exe string, n int) *fleet {
 	}
 	for i := range n {
 		f.dirs = append(f.dirs, filepath.Join(base, fmt.Sprint("state", i)))
-		f.addrs = append(f.addrs, freeAddr(t))
+		f.addrs, f.agents = append(f.addrs, freeAddr(t)), append(f.agents, freeAddr(t))
 	}
 	return f
 }
@@ -82,7 +83,7 @@ func newFleet(t *testing.T, exe string, n int) *fleet {
 // launch starts the i-th orchestrator.
 func (f *fleet) launch(i int, args ...string) *process {
 	f.t.Helper()
-	o := launch(f.t, f.exe, f.dirs[i], append(append(slices.Clone(f.args), "--grpc-addr="+f.addrs[i], "--peer-addr="+f.addrs[i]), args...)...)
+	o := launch(f.t, f.exe, f.dirs[i], append(append(slices.Clone(f.args), "--grpc-addr="+f.addrs[i], "--peer-addr="+f.addrs[i], "--agent-addr="+f.agents[i]), args...)...)
 	o.grpc = f.addrs[i]
 	return o
 }
@@ -129,7 +130,8 @@ func TestFleet(t *testing.T) {
 		t.Fatal(err)
 	}
 	f := newFleet(t, exe, 2)
-	one, two := f.launch(0), f.launch(1)
+	// Told, not only heard of: an agent may lose its orchestrator in its first second.
+	one, two := f.launch(0, "--orch-contact-addr="+f.agents[0]+","+f.agents[1]), f.launch(1, "--orch-contact-addr="+f.agents[1]+","+f.agents[0])
 	one.Await()
 	two.Await()
 	ctx := as(t, "")
