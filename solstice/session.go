@@ -51,7 +51,7 @@ type session struct {
 	spec      *agentv1.JobSpec
 	confirmed bool
 	told      *fleet // whose contacts the agent was told last
-	stored    int64     // seq of the last event that is in the log, and on its way to the database
+	stored    int64  // seq of the last event that is in the log, and on its way to the database
 	logSize   int64
 	steps     map[int]*store.Step
 	buf       []byte // of log that comes in several events, while much does

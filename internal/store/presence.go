@@ -14,12 +14,16 @@ type Orchestrator struct {
 
 	ID         string          `bun:",pk"`
 	Addr       string          // where its peers reach it; empty: nowhere
-	Contacts   json.RawMessage // where agents reach it, a list of strings
+	Contacts   json.RawMessage `bun:",nullzero,default:'[]'"` // where agents reach it, a list of strings
 	Pools      json.RawMessage // what it offers; the engine's own form
 	Slots      int             // jobs that it takes at once
 	SeenAt     int64
 	LeaseUntil int64 // gone unless it says more by then
 }
+
+// forgetOrchestrator is how long after its lease one is still known that said
+// nothing more.
+const forgetOrchestrator = time.Hour
 
 // Beat records that an orchestrator is there, and will be for a lease.
 func (s *Store) Beat(ctx context.Context, o Orchestrator, lease time.Duration) error {
@@ -28,6 +32,11 @@ func (s *Store) Beat(ctx context.Context, o Orchestrator, lease time.Duration) e
 		_, err := tx.NewInsert().Model(&o).On("CONFLICT (id) DO UPDATE").
 			Set("addr = excluded.addr, contacts = excluded.contacts, pools = excluded.pools, slots = excluded.slots").
 			Set("seen_at = excluded.seen_at, lease_until = excluded.lease_until").Exec(ctx)
+		if err != nil {
+			return err
+		}
+		// Those that were killed do not leave.
+		_, err = tx.NewDelete().Model((*Orchestrator)(nil)).Where("lease_until < ?", now-micros(forgetOrchestrator)).Exec(ctx)
 		return err
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -300,6 +301,12 @@ func TestFirstToken(t *testing.T) {
 			}
 			return string(data)
 		}
+		works := func(secret string) error {
+			ctx, cancel := r.as(strings.TrimSpace(secret), time.Minute)
+			defer cancel()
+			_, err := r.client.ListTokens(ctx, &pb.ListTokensRequest{})
+			return err
+		}
 		if got := first(); got != "" {
 			t.Error("made though there is a token")
 		}
@@ -310,11 +317,49 @@ func TestFirstToken(t *testing.T) {
 		if made == "" || first() != made {
 			t.Error("not made, or made again")
 		}
-		if err := os.Remove(file); err != nil { // as if a crash had come before it
+		// As if a crash had come between the file and the token.
+		if err := r.tokens.Revoke(ctx, "admin"); err != nil {
 			t.Fatal(err)
 		}
-		if again := first(); again == "" || again == made {
-			t.Error("not made again after a crash")
+		if again := first(); again != made {
+			t.Error("the secret that was written before a crash is not used")
+		}
+		if err := works(made); err != nil {
+			t.Errorf("with the token: %v", err)
+		}
+		// Another orchestrator has a directory of its own, and takes nothing away.
+		if err := r.tokens.First(ctx, filepath.Join(t.TempDir(), "admin.token")); err != nil {
+			t.Fatal(err)
+		}
+		if err := works(made); err != nil {
+			t.Errorf("after another orchestrator's start: %v", err)
+		}
+		// Those that start at once: one secret works, and the other files go.
+		if err := r.tokens.Revoke(ctx, "admin"); err != nil {
+			t.Fatal(err)
+		}
+		files := make([]string, 4)
+		var all sync.WaitGroup
+		for i := range files {
+			files[i] = filepath.Join(t.TempDir(), "admin.token")
+			all.Go(func() {
+				if err := r.tokens.First(ctx, files[i]); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		var left []string
+		for _, f := range files {
+			if secret, err := os.ReadFile(f); err == nil {
+				left = append(left, string(secret))
+			}
+		}
+		if len(left) != 1 {
+			t.Fatalf("%d files are left, want one", len(left))
+		}
+		if err := works(left[0]); err != nil {
+			t.Errorf("with what is left: %v", err)
 		}
 	})
 }

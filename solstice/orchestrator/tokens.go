@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"sync"
 	"time"
 
@@ -81,15 +82,28 @@ func (t *Tokens) Create(ctx context.Context, name string, role Role, ttl time.Du
 	case ttl < 0:
 		return Token{}, "", fmt.Errorf("%w: a token cannot live for %s", solstice.ErrInvalid, ttl)
 	}
-	secret := "sol_" + rand.Text()
+	secret := newSecret()
+	token, err := t.create(ctx, name, role, ttl, secret)
+	if err != nil {
+		return Token{}, "", err
+	}
+	return token, secret, nil
+}
+
+// A secret has 128 random bits.
+func newSecret() string { return "sol_" + rand.Text() }
+
+var secretForm = regexp.MustCompile(`^sol_[A-Z2-7]{26}$`)
+
+func (t *Tokens) create(ctx context.Context, name string, role Role, ttl time.Duration, secret string) (Token, error) {
 	row, err := t.store.InsertToken(ctx, name, hash(secret), role.String(), ttl)
 	if errors.Is(err, store.ErrDuplicate) {
 		err = fmt.Errorf("%w: there is a token %s", ErrExists, name)
 	}
 	if err != nil {
-		return Token{}, "", err
+		return Token{}, err
 	}
-	return publicToken(row), secret, nil
+	return publicToken(row), nil
 }
 
 // List gives the tokens that were not revoked, by name.
@@ -174,33 +188,36 @@ func timeOf(micros int64) time.Time {
 const firstName = "admin"
 
 // First makes an admin token and writes it to a file of mode 0600, if there is
-// no token: none can be made otherwise. It is made again if a crash came
-// between the token and its file.
+// no token: none can be made otherwise. The file comes first, so that a crash in
+// between leaves a secret of which the next call makes the token. Of several
+// orchestrators that start at once one makes it; the others' files go.
 func (t *Tokens) First(ctx context.Context, file string) error {
 	have, err := t.List(ctx)
-	if err != nil {
+	if err != nil || len(have) > 0 {
 		return err
 	}
-	if len(have) == 1 && have[0].Name == firstName && have[0].UsedAt.IsZero() {
-		if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+	kept, err := os.ReadFile(file)
+	secret := strings.TrimSuffix(string(kept), "\n")
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || err == nil && !secretForm.MatchString(secret):
+		secret = newSecret()
+		if err := writeSecret(file, secret+"\n"); err != nil {
 			return err
 		}
-		if err := t.Revoke(ctx, firstName); err != nil {
-			return err
-		}
-		have = nil
-	}
-	if len(have) > 0 {
-		return nil
-	}
-	_, secret, err := t.Create(ctx, firstName, Admin, 0)
-	if errors.Is(err, ErrExists) { // another orchestrator's
-		return nil
-	}
-	if err != nil {
+	case err != nil:
 		return err
 	}
-	return writeSecret(file, secret+"\n")
+	_, err = t.create(ctx, firstName, Admin, 0, secret)
+	if errors.Is(err, ErrExists) { // another orchestrator's, or of another call here
+		role, rerr := t.role(ctx, secret)
+		if status.Code(rerr) == codes.Unauthenticated {
+			return os.Remove(file)
+		}
+		if err = rerr; err == nil && role != Admin {
+			err = fmt.Errorf("orchestrator: the token in %s is not an admin's", file)
+		}
+	}
+	return err
 }
 
 // writeSecret makes a file appear with all of its content, durably.
