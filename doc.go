@@ -13,7 +13,8 @@
 //   - solstice: the engine. Config, New, Migrate, Submit, Cancel, Rerun, Log; how
 //     runs, jobs and attempts move from state to state. Start here to embed.
 //   - solstice/workflow: workflow files to validated plans, with diagnostics.
-//   - solstice/agent: what runs in the machine. solstice/api: its protocol.
+//   - solstice/agent: what runs in the machine. solstice/api: its protocol,
+//     and the messages that go through queues (solstice/api/messages).
 //   - solstice/logstream: logs that are appended at offsets, followed and sealed.
 //   - solstice/orchestrator: the engine as a service for people and programs, with
 //     tokens and roles; its client in the package below it.

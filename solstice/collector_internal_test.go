@@ -15,6 +15,7 @@ import (
 
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/queue"
+	"github.com/solstice-ci/solstice-go/solstice/api/messages"
 	"github.com/solstice-ci/solstice-go/solstice/logstream"
 )
 
@@ -29,9 +30,9 @@ func TestOldDeadLettersGo(t *testing.T) {
 	if !ok {
 		t.Fatal("the queue has no dead letters")
 	}
-	topics := []string{TopicRunRequest, TopicStatus + ".local", TopicStatus + ".elsewhere"}
+	topics := []string{messages.TopicRunRequest, messages.StatusTopic("local"), messages.StatusTopic("elsewhere")}
 	for _, topic := range topics {
-		sub, err := a.queue.Subscribe(ctx, topic, queue.SubscribeOptions{Group: consumerGroup})
+		sub, err := a.queue.Subscribe(ctx, topic, queue.SubscribeOptions{Group: messages.Group})
 		a.must(err)
 		a.must(a.queue.Publish(ctx, topic, []queue.Message{{Body: []byte("x")}, {Body: []byte("y")}}, queue.PublishOptions{}))
 		for range 2 {
@@ -44,7 +45,7 @@ func TestOldDeadLettersGo(t *testing.T) {
 	left := func(want ...int) {
 		t.Helper()
 		for i, topic := range topics {
-			if got, err := letters.DeadLetters(ctx, topic, consumerGroup, 10); err != nil || len(got) != want[i] {
+			if got, err := letters.DeadLetters(ctx, topic, messages.Group, 10); err != nil || len(got) != want[i] {
 				t.Errorf("%d dead letters of %s, %v, want %d", len(got), topic, err, want[i])
 			}
 		}

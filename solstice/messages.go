@@ -2,7 +2,6 @@ package solstice
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -15,54 +14,26 @@ import (
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/queue"
+	"github.com/solstice-ci/solstice-go/solstice/api/messages"
 )
-
-// Topics that engines and forge integrations share. A status goes to
-// TopicStatus + "." + the forge's instance name.
-const (
-	TopicRunRequest = "runrequest"
-	TopicStatus     = "status"
-	TopicWake       = "wake"
-)
-
-// Content types of the messages: JSON whose unknown fields are ignored.
-const (
-	ContentTypeRunRequest = "application/vnd.solstice.runrequest.v1+json"
-	ContentTypeStatus     = "application/vnd.solstice.status.v1+json"
-	ContentTypeWake       = "application/vnd.solstice.wake.v1+json"
-)
-
-// consumerGroup is the group of engines on a topic.
-const consumerGroup = "solstice"
-
-// StatusMessage asks the holder of a forge's credentials to report a status.
-type StatusMessage struct {
-	Forge  string       `json:"forge"`
-	Repo   forge.Repo   `json:"repo"`
-	Commit string       `json:"commit"`
-	Status forge.Status `json:"status"`
-}
-
-// wakeMessage says that there may be work for labels.
-type wakeMessage struct {
-	From   string   `json:"from"`
-	Labels []string `json:"labels"`
-}
 
 // statuses says what a change means for the forge; it runs inside the
 // transaction of the change, so it only looks at its arguments.
 func (e *Engine) statuses(run *store.Run, jobs []*store.Job) []store.OutboxMessage {
 	repo := decode[forge.Repo](run.Repo)
-	var attributes json.RawMessage // the report belongs to the run's trace
-	if run.Trace != "" {
-		attributes = encode(map[string]string{"traceparent": run.Trace})
-	}
 	var out []store.OutboxMessage
 	add := func(s forge.Status) {
+		m, err := messages.Encode(messages.Status{Forge: run.Forge, Repo: repo, Commit: run.Commit, Status: s})
+		if err != nil { // a key too long, say: no reason to hold up the job
+			e.log.Error("status not reported", "run_id", run.ID, "key", s.Key, "error", err)
+			return
+		}
+		if run.Trace != "" { // the report belongs to the run's trace
+			m.Attributes["traceparent"] = run.Trace
+		}
 		out = append(out, store.OutboxMessage{
-			Key: run.Forge + "/" + repo.FullName() + "/" + run.Commit + "/" + s.Key, Topic: TopicStatus + "." + run.Forge,
-			ContentType: ContentTypeStatus, Coalesce: true, Attributes: attributes,
-			Body: encode(StatusMessage{Forge: run.Forge, Repo: repo, Commit: run.Commit, Status: s}),
+			Key: run.Forge + "/" + repo.FullName() + "/" + run.Commit + "/" + s.Key, Topic: messages.StatusTopic(run.Forge),
+			Coalesce: true, ContentType: m.ContentType, Attributes: encode(m.Attributes), Body: m.Body,
 		})
 	}
 	prefix := e.cfg.StatusPrefix + "/" + run.WorkflowName
@@ -255,14 +226,14 @@ func (e *Engine) relay(ctx context.Context, limit int) (int, error) {
 func (e *Engine) consumers() ([]func(context.Context), error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	wakes, err := e.cfg.Queue.Subscribe(ctx, TopicWake, queue.SubscribeOptions{})
+	wakes, err := e.cfg.Queue.Subscribe(ctx, messages.TopicWake, queue.SubscribeOptions{})
 	if err != nil {
-		return nil, fmt.Errorf("solstice: subscribe to %s: %w", TopicWake, err)
+		return nil, fmt.Errorf("solstice: subscribe to %s: %w", messages.TopicWake, err)
 	}
 	loops := []func(context.Context){func(ctx context.Context) { e.wakeLoop(ctx, wakes) }}
 	consume := func(topic string, concurrency int, handle func(context.Context, queue.Message) error) {
 		c := &queue.Consumer{
-			Queue: e.cfg.Queue, Topic: topic, Group: consumerGroup, Concurrency: concurrency, Handler: handle,
+			Queue: e.cfg.Queue, Topic: topic, Group: messages.Group, Concurrency: concurrency, Handler: handle,
 			Logger: e.log, TracerProvider: e.cfg.TracerProvider, MeterProvider: e.cfg.MeterProvider,
 		}
 		loops = append(loops, func(ctx context.Context) {
@@ -279,10 +250,10 @@ func (e *Engine) consumers() ([]func(context.Context), error) {
 		})
 	}
 	if len(e.cfg.Forges) > 0 {
-		consume(TopicRunRequest, 4, e.handleRunRequest)
+		consume(messages.TopicRunRequest, 4, messages.Handler(e.handleRunRequest))
 	}
 	for name := range e.cfg.Forges {
-		consume(TopicStatus+"."+name, 4, e.handleStatus)
+		consume(messages.StatusTopic(name), 4, messages.Handler(e.handleStatus))
 	}
 	return loops, nil
 }
@@ -301,7 +272,7 @@ func (e *Engine) wakeLoop(ctx context.Context, sub queue.Subscription) {
 		case <-time.After(retry.NextBackOff()):
 		}
 		var err error
-		if sub, err = e.cfg.Queue.Subscribe(ctx, TopicWake, queue.SubscribeOptions{}); err != nil {
+		if sub, err = e.cfg.Queue.Subscribe(ctx, messages.TopicWake, queue.SubscribeOptions{}); err != nil {
 			sub = nil
 			e.log.WarnContext(ctx, "no wake-ups, the slow tick goes on", "error", err)
 		}
@@ -321,8 +292,11 @@ func (e *Engine) hearWakes(ctx context.Context, sub queue.Subscription) {
 			}
 			return
 		}
-		var w wakeMessage
-		if json.Unmarshal(d.Message().Body, &w) == nil && w.From != e.id {
+		w, err := messages.Decode[messages.Wake](d.Message())
+		switch {
+		case err != nil:
+			e.log.DebugContext(ctx, "wake-up not understood, the slow tick goes on", "message_id", d.Message().ID, "error", err)
+		case w.From != e.id:
 			e.heardOf(ctx, w.From)
 			e.wakeLocal(w.Labels)
 		}
@@ -331,11 +305,7 @@ func (e *Engine) hearWakes(ctx context.Context, sub queue.Subscription) {
 
 // handleRunRequest accepts a run request from a forge integration. It is acked
 // after the runs are durable; a repeat finds them by delivery.
-func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message) error {
-	var r RunRequest
-	if err := json.Unmarshal(m.Body, &r); err != nil {
-		return queue.Discard(fmt.Errorf("not a run request: %w", err))
-	}
+func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message, r RunRequest) error {
 	if r.IdempotencyKey == "" && r.Event.Delivery == "" {
 		r.IdempotencyKey = "message/" + m.ID
 	}
@@ -350,11 +320,7 @@ func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message) error {
 	return err
 }
 
-func (e *Engine) handleStatus(ctx context.Context, m queue.Message) error {
-	var s StatusMessage
-	if err := json.Unmarshal(m.Body, &s); err != nil {
-		return queue.Discard(fmt.Errorf("not a status: %w", err))
-	}
+func (e *Engine) handleStatus(ctx context.Context, _ queue.Message, s messages.Status) error {
 	f, ok := e.cfg.Forges[s.Forge]
 	if !ok {
 		return fmt.Errorf("solstice: status for forge %q, which is not configured here", s.Forge)
@@ -400,10 +366,18 @@ func (w *wakeSender) loop(ctx context.Context) {
 		labels := w.labels
 		w.labels = nil
 		w.mu.Unlock()
-		msg := queue.Message{Body: encode(wakeMessage{From: w.e.id, Labels: labels}), ContentType: ContentTypeWake}
-		if err := w.e.cfg.Queue.Publish(ctx, TopicWake, []queue.Message{msg}, queue.PublishOptions{}); err != nil && ctx.Err() == nil {
+		if err := w.e.publishWake(ctx, labels); err != nil && ctx.Err() == nil {
 			w.e.log.WarnContext(ctx, "wake-up not sent", "error", err)
 		}
 		sleep(ctx, wakeEvery)
 	}
+}
+
+// publishWake tells the other engines; ours ignores it.
+func (e *Engine) publishWake(ctx context.Context, labels []string) error {
+	m, err := messages.Encode(messages.Wake{From: e.id, Labels: labels})
+	if err != nil {
+		return err
+	}
+	return e.cfg.Queue.Publish(ctx, messages.TopicWake, []queue.Message{m}, queue.PublishOptions{})
 }

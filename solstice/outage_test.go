@@ -24,6 +24,7 @@ import (
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/solstice"
+	"github.com/solstice-ci/solstice-go/solstice/api/messages"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
@@ -627,7 +628,7 @@ type deafQueue struct {
 
 func (q *deafQueue) Subscribe(ctx context.Context, topic string, o queue.SubscribeOptions) (queue.Subscription, error) {
 	sub, err := q.Queue.Subscribe(ctx, topic, o)
-	if topic == solstice.TopicWake && err == nil && q.subscribed.Add(1) == 1 {
+	if topic == messages.TopicWake && err == nil && q.subscribed.Add(1) == 1 {
 		err = sub.Close() // so that Next fails
 	}
 	return sub, err

@@ -11,7 +11,6 @@ import (
 
 	"github.com/solstice-ci/solstice-go/blobstore"
 	"github.com/solstice-ci/solstice-go/internal/store"
-	"github.com/solstice-ci/solstice-go/queue"
 )
 
 // offer is what an engine tells the others of one of its pools, as JSON in its
@@ -268,9 +267,7 @@ func (e *Engine) Ready(ctx context.Context) error {
 	}
 	_, err := e.store.Orchestrators(ctx)
 	failed("database", err)
-	// Wake-ups of our own are ignored by their receivers.
-	wake := queue.Message{Body: encode(wakeMessage{From: e.id}), ContentType: ContentTypeWake}
-	failed("queue", e.cfg.Queue.Publish(ctx, TopicWake, []queue.Message{wake}, queue.PublishOptions{}))
+	failed("queue", e.publishWake(ctx, nil)) // which wakes nobody
 	if e.cfg.Blobs != nil {
 		failed("blob store", checkBlobs(ctx, e.cfg.Blobs))
 	}

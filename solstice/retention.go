@@ -11,6 +11,7 @@ import (
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/queue"
+	"github.com/solstice-ci/solstice-go/solstice/api/messages"
 )
 
 // Retention says what is kept, of runs that have ended: a run, its jobs,
@@ -396,13 +397,13 @@ func (c *collector) letters(ctx context.Context) error {
 		return err
 	}
 	before := timeOf(now - age.Microseconds())
-	topics := []string{TopicRunRequest}
+	topics := []string{messages.TopicRunRequest}
 	for name := range c.e.cfg.Forges {
-		topics = append(topics, TopicStatus+"."+name)
+		topics = append(topics, messages.StatusTopic(name))
 	}
 	for _, topic := range topics {
 		for {
-			letters, err := q.DeadLetters(ctx, topic, consumerGroup, leftoverBatch)
+			letters, err := q.DeadLetters(ctx, topic, messages.Group, leftoverBatch)
 			if err != nil {
 				return fmt.Errorf("dead letters of %s: %w", topic, err)
 			}
@@ -415,7 +416,7 @@ func (c *collector) letters(ctx context.Context) error {
 			if len(ids) == 0 {
 				break
 			}
-			n, err := q.Drop(ctx, topic, consumerGroup, ids...)
+			n, err := q.Drop(ctx, topic, messages.Group, ids...)
 			if err != nil {
 				return fmt.Errorf("dead letters of %s: %w", topic, err)
 			}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/store"
+	"github.com/solstice-ci/solstice-go/solstice/api/messages"
 	"github.com/solstice-ci/solstice-go/solstice/workflow"
 )
 
@@ -34,32 +35,9 @@ var (
 	ErrOver = errors.New("solstice: run is not in a state for this")
 )
 
-// RunRequest asks for the workflows of a commit to be run.
-type RunRequest struct {
-	// Forge is the instance in Config.Forges; empty where there is only one.
-	Forge string     `json:"forge,omitempty"`
-	Repo  forge.Repo `json:"repo"`
-	// Commit is the full object name; empty: what Ref is now.
-	Commit string `json:"commit,omitempty"`
-	Ref    string `json:"ref,omitempty"` // full: refs/heads/main
-	// Event is why; its zero value is a manual start. Commit, Ref and Repo above
-	// win over the event's own.
-	Event forge.Event `json:"event"`
-	// Inputs of a manual start, as given by a person.
-	Inputs map[string]string `json:"inputs,omitempty"`
-	// Workflow selects one file by path or name; it then runs whatever it
-	// says under on. Empty: all that the event concerns.
-	Workflow string `json:"workflow,omitempty"`
-	// Jobs selects jobs by id, and what they need; empty: all.
-	Jobs []string `json:"jobs,omitempty"`
-	// IdempotencyKey makes a repeat return the runs of the first time. Events
-	// with a Delivery are deduplicated by that as well.
-	IdempotencyKey string `json:"idempotency_key,omitempty"`
-	Priority       int    `json:"priority,omitempty"` // higher first
-	// AwaitApproval, where not empty, has the runs wait until they are approved
-	// ([Engine.Approve]); it says why, for people.
-	AwaitApproval string `json:"await_approval,omitempty"`
-}
+// RunRequest asks for the workflows of a commit to be run. It is also a message:
+// an engine with forges takes those that come through the queue.
+type RunRequest = messages.RunRequest
 
 // Submit plans the workflows that a request concerns and accepts them as runs:
 // when it returns, they are durable. A workflow file with errors becomes a run
