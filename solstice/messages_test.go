@@ -8,6 +8,7 @@ import (
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/queue"
+	"github.com/solstice-ci/solstice-go/queue/amqpqueue"
 	"github.com/solstice-ci/solstice-go/queue/memqueue"
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/api/messages"
@@ -19,6 +20,14 @@ import (
 func TestUnknownMessages(t *testing.T) {
 	t.Run("memqueue", func(t *testing.T) {
 		q := memqueue.New()
+		t.Cleanup(func() { _ = q.Close() })
+		unknownMessages(t, testenv.SQLite(t), func(c *solstice.Config) { c.Queue = q })
+	})
+	t.Run("amqpqueue", func(t *testing.T) {
+		q, err := amqpqueue.Open(t.Context(), amqpqueue.Options{URL: testenv.RabbitMQ(t)})
+		if err != nil {
+			t.Fatal(err)
+		}
 		t.Cleanup(func() { _ = q.Close() })
 		unknownMessages(t, testenv.SQLite(t), func(c *solstice.Config) { c.Queue = q })
 	})
