@@ -57,7 +57,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
@@ -112,25 +114,18 @@ type Queue struct {
 	log  *slog.Logger
 	m    *metrics
 
-	closing    chan struct{} // closed by Close, first of all
-	closingCtx context.Context
-	cancel     context.CancelFunc
-	finish     chan struct{} // closed by Close when the connection may go
-	closed     chan struct{} // Close is complete
-	closeErr   error
-	wg         sync.WaitGroup // the supervisor
+	ctx      context.Context // ended by Close, first of all
+	cancel   context.CancelFunc
+	finish   chan struct{} // closed by Close when the connection may go
+	closed   chan struct{} // Close is complete
+	closeErr error
+	wg       sync.WaitGroup // the supervisor
 
 	mu      sync.Mutex
 	live    *session
 	why     error         // there is none
 	changed chan struct{} // closed when live or why do
-	readers map[reader]struct{}
-}
-
-// reader is a subscription of either kind.
-type reader interface {
-	shut()                  // end all calls
-	ended() <-chan struct{} // everything was given back
+	readers map[*reader]struct{}
 }
 
 // Open connects, and returns once the broker has what the queue needs. Later it
@@ -160,8 +155,8 @@ func Open(ctx context.Context, o Options) (*Queue, error) {
 	}
 	q := &Queue{
 		o: o, uri: uri, log: o.Logger, tls: o.TLS.Clone(),
-		closing: make(chan struct{}), finish: make(chan struct{}), closed: make(chan struct{}),
-		changed: make(chan struct{}), readers: map[reader]struct{}{},
+		finish: make(chan struct{}), closed: make(chan struct{}),
+		changed: make(chan struct{}), readers: map[*reader]struct{}{},
 	}
 	if q.tls == nil {
 		q.tls = &tls.Config{MinVersion: tls.VersionTLS12}
@@ -173,7 +168,7 @@ func Open(ctx context.Context, o Options) (*Queue, error) {
 	if q.m, err = newMetrics(q); err != nil {
 		return nil, err
 	}
-	q.closingCtx, q.cancel = context.WithCancel(context.Background())
+	q.ctx, q.cancel = context.WithCancel(context.Background())
 	s, err := q.connect(ctx)
 	if err != nil {
 		q.cancel()
@@ -189,9 +184,8 @@ func Open(ctx context.Context, o Options) (*Queue, error) {
 func parse(s string) (amqp.URI, error) {
 	uri, err := amqp.ParseURI(s)
 	if err != nil {
-		if ue, ok := errors.AsType[*url.Error](err); ok {
-			err = errors.New("it does not parse") // its cause may quote the password
-			_ = ue
+		if _, ok := errors.AsType[*url.Error](err); ok {
+			err = errors.New("it does not parse") // the cause may quote the password
 		}
 		return uri, fmt.Errorf("%w: %w", ErrURL, err)
 	}
@@ -246,7 +240,7 @@ func (q *Queue) Ready(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if q.isClosed() {
+	if q.ctx.Err() != nil {
 		return errClosed
 	}
 	q.mu.Lock()
@@ -261,62 +255,29 @@ func (q *Queue) Ready(ctx context.Context) error {
 	return nil
 }
 
-func (q *Queue) isClosed() bool {
-	select {
-	case <-q.closing:
-		return true
-	default:
-		return false
-	}
-}
-
 // Subscribe implements queue.Queue.
 func (q *Queue) Subscribe(ctx context.Context, topic string, o queue.SubscribeOptions) (queue.Subscription, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if o.Prefetch == 0 {
-		o.Prefetch = q.o.Prefetch
-	}
+	o.Prefetch = cmp.Or(o.Prefetch, q.o.Prefetch)
 	if err := o.Validate(topic); err != nil {
 		return nil, err
 	}
 	o.MaxAttempts = min(o.MaxAttempts, deliveryLimit)
+	r := newReader(q, topic, o.Group)
 	if o.Group == "" {
-		l := newListener(q, topic)
-		return l, q.start(ctx, l, l.begun, l.run)
+		l := newListener(r)
+		if err := r.start(ctx, l.serve); err != nil {
+			return nil, err
+		}
+		return l, nil
 	}
-	s := newSubscription(q, topic, o)
-	return s, q.start(ctx, s, s.begun, s.run)
-}
-
-// start runs a reader, and waits until it reads.
-func (q *Queue) start(ctx context.Context, r reader, begun <-chan error, run func()) error {
-	q.mu.Lock()
-	if q.isClosed() {
-		q.mu.Unlock()
-		return errClosed
+	s := newSubscription(r, o)
+	if err := r.start(ctx, s.serve); err != nil {
+		return nil, err
 	}
-	q.readers[r] = struct{}{}
-	q.mu.Unlock()
-	go func() {
-		run()
-		q.mu.Lock()
-		defer q.mu.Unlock()
-		delete(q.readers, r)
-	}()
-	var err error
-	select {
-	case err = <-begun:
-	case <-ctx.Done():
-		err = ctx.Err()
-	case <-q.closing:
-		err = errClosed
-	}
-	if err != nil {
-		r.shut()
-	}
-	return err
+	return s, nil
 }
 
 // Close implements queue.Queue. It waits at most a few seconds for the broker;
@@ -324,40 +285,35 @@ func (q *Queue) start(ctx context.Context, r reader, begun <-chan error, run fun
 // it notices that the connection is gone, and the error says so.
 func (q *Queue) Close() error {
 	q.mu.Lock()
-	if q.isClosed() {
+	if q.ctx.Err() != nil {
 		q.mu.Unlock()
 		<-q.closed
 		return q.closeErr
 	}
-	close(q.closing)
 	q.cancel()
-	s := q.live
-	readers := make([]reader, 0, len(q.readers))
-	for r := range q.readers {
-		readers = append(readers, r)
-	}
+	readers := slices.Collect(maps.Keys(q.readers))
 	q.mu.Unlock()
 
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	for _, r := range readers {
-		r.shut()
+		r.cancel()
 	}
 	for _, r := range readers {
 		select {
-		case <-r.ended():
+		case <-r.finished:
 		case <-ctx.Done():
 		}
 	}
 	close(q.finish)
 	q.wg.Wait()
-	if s != nil {
+	if s := q.live; s != nil { // the supervisor, which sets it, is gone
 		if err := s.close(ctx); err != nil {
 			q.closeErr = fmt.Errorf("amqpqueue: close: %w", err)
 		}
 	}
 	for _, r := range readers {
-		<-r.ended() // without a connection nothing holds them up
+		<-r.finished // without a connection nothing holds them up
 	}
 	q.m.unregister()
 	close(q.closed)

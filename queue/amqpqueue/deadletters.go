@@ -48,9 +48,12 @@ func (q *Queue) DeadLetters(ctx context.Context, topic, group string, limit int)
 func (q *Queue) Replay(ctx context.Context, topic, group string, ids ...string) (int, error) {
 	return q.pick(ctx, topic, group, ids, func(s *session, d *amqp.Delivery) error {
 		m := decode(d)
-		return s.pub.republish(ctx, &outgoing{exchange: q.o.Exchange, key: toGroup(topic, group), msg: encode(&m, nil)}, func() error {
-			_, err := q.enter(ctx, s, topic, group)
-			return err
+		return s.pub.insist(ctx, &outgoing{
+			exchange: q.o.Exchange, key: toGroup(topic, group), msg: encode(&m, nil),
+			declare: func(ctx context.Context) error {
+				_, err := q.enter(ctx, s, topic, group)
+				return err
+			},
 		})
 	})
 }
@@ -82,7 +85,7 @@ func (q *Queue) usable(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if q.isClosed() {
+	if q.ctx.Err() != nil {
 		return errClosed
 	}
 	return nil
@@ -130,7 +133,7 @@ func (q *Queue) walk(ctx context.Context, topic, group string, visit func(*sessi
 		return err
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-q.closing:
+	case <-q.ctx.Done():
 		return errClosed
 	}
 }

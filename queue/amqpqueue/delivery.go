@@ -63,13 +63,17 @@ func (s *subscription) hand(d *delivery) {
 
 // burial is the message of d as a dead letter.
 func (s *subscription) burial(d *delivery, reason string, attempts int) outgoing {
-	return outgoing{exchange: s.q.deadExchange(), key: d.feed.queue, msg: encode(&d.msg, letterHeaders(reason, attempts))}
+	return outgoing{
+		exchange: s.q.deadExchange(), key: d.feed.queue, declare: s.redeclare(d.feed.ses),
+		msg: encode(&d.msg, letterHeaders(reason, attempts)),
+	}
 }
 
 // move publishes what became of a delivery, and settles it. The caller holds
 // s.mu.
 func (s *subscription) move(d *delivery, o outgoing) {
-	s.moving(d, func(ctx context.Context) error { return s.republish(ctx, d.feed, &o) })
+	o.patient = true
+	s.moving(d, func(ctx context.Context) error { return d.feed.ses.pub.insist(ctx, &o) })
 }
 
 // postpone sends a message that is not due yet through another tier. The caller
@@ -84,14 +88,14 @@ func (s *subscription) moving(d *delivery, publish func(ctx context.Context) err
 	f := d.feed
 	f.moving++
 	f.work.Add(1)
-	f.ses.work.Go(func() {
+	ok := f.ses.spawn(func() {
 		defer f.work.Done()
 		err := publish(f.ses.ctx)
 		if err != nil {
 			s.q.log.Warn("amqpqueue: message not moved, it will be delivered again", "queue", f.queue, "message_id", d.msg.ID, "error", err)
 			select {
 			case <-time.After(moveRetry):
-			case <-s.closed:
+			case <-s.ctx.Done():
 			case <-f.ses.ctx.Done():
 			}
 		}
@@ -103,25 +107,29 @@ func (s *subscription) moving(d *delivery, publish func(ctx context.Context) err
 			s.balance()
 		}
 	})
+	if !ok {
+		f.work.Done() // the channel has ended, too
+	}
 }
 
 // delay publishes d's message so that it comes to the group after a time.
 func (s *subscription) delay(ctx context.Context, d *delivery, after time.Duration, attempts int) error {
-	tier, err := s.q.delayed(ctx, d.feed.ses, after)
+	ses := d.feed.ses
+	o, err := s.q.delayed(ctx, ses, after, toGroup(s.topic, s.group), encode(&d.msg, amqp.Table{
+		headerAttempt: int64(attempts), headerNotBefore: time.Now().Add(after).UnixMicro(),
+	}))
 	if err != nil {
 		return err
 	}
-	return s.republish(ctx, d.feed, &outgoing{
-		exchange: tier, key: toGroup(s.topic, s.o.Group),
-		msg: encode(&d.msg, amqp.Table{headerAttempt: int64(attempts), headerNotBefore: time.Now().Add(after).UnixMicro()}),
-	})
+	return ses.pub.insist(ctx, &o)
 }
 
-func (s *subscription) republish(ctx context.Context, f *feed, o *outgoing) error {
-	return f.ses.pub.republish(ctx, o, func() error {
-		_, err := s.q.enter(ctx, f.ses, s.topic, s.o.Group)
+// redeclare makes the group's queues again.
+func (s *subscription) redeclare(ses *session) func(ctx context.Context) error {
+	return func(ctx context.Context) error {
+		_, err := s.q.enter(ctx, ses, s.topic, s.group)
 		return err
-	})
+	}
 }
 
 // Message implements queue.Delivery.
@@ -150,7 +158,7 @@ func (d *delivery) Nack(ctx context.Context, o queue.NackOptions) error {
 	switch {
 	case o.DeadLetter, d.attempt >= s.o.MaxAttempts:
 		letter := s.burial(d, cmp.Or(o.Reason, fmt.Sprintf("refused at delivery %d", d.attempt)), d.attempt)
-		err = s.republish(ctx, d.feed, &letter)
+		err = d.feed.ses.pub.insist(ctx, &letter)
 	case o.Delay > 0:
 		err = s.delay(ctx, d, o.Delay, d.attempt)
 	default:

@@ -74,6 +74,9 @@ func classifyDial(err error, where string) error {
 func classifyOpen(err, cause error, where string) error {
 	ae, _ := errors.AsType[*amqp.Error](err)
 	if ae != nil && ae.Server {
+		if ae.Code == amqp.AccessRefused {
+			return fmt.Errorf("%w: %s: %w", ErrAuth, where, err)
+		}
 		return fmt.Errorf("connect to %s: %w", where, classify(err))
 	}
 	if cause != nil && !errors.Is(cause, io.EOF) && !errors.Is(cause, syscall.ECONNRESET) {

@@ -3,13 +3,8 @@ package amqpqueue
 import (
 	"context"
 	"crypto/rand"
-	"errors"
-	"fmt"
 	"strings"
-	"sync"
-	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/solstice-ci/solstice-go/queue"
@@ -17,20 +12,12 @@ import (
 
 // listener hears a broadcast.
 type listener struct {
-	q        *Queue
-	topic    string
-	heard    chan queue.Message
-	begun    chan error // capacity 1
-	finished chan struct{}
-	closed   chan struct{}
-	once     sync.Once
+	*reader
+	heard chan queue.Message
 }
 
-func newListener(q *Queue, topic string) *listener {
-	return &listener{
-		q: q, topic: topic, heard: make(chan queue.Message, queue.BroadcastBacklog),
-		begun: make(chan error, 1), finished: make(chan struct{}), closed: make(chan struct{}),
-	}
+func newListener(r *reader) *listener {
+	return &listener{reader: r, heard: make(chan queue.Message, queue.BroadcastBacklog)}
 }
 
 // Next implements queue.Subscription.
@@ -38,15 +25,13 @@ func (l *listener) Next(ctx context.Context) (queue.Delivery, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	select {
-	case <-l.closed:
+	if l.ctx.Err() != nil {
 		return nil, errClosed
-	default:
 	}
 	select {
 	case m := <-l.heard:
 		return heard{m}, nil
-	case <-l.closed:
+	case <-l.ctx.Done():
 		return nil, errClosed
 	case <-ctx.Done():
 		return nil, ctx.Err()
@@ -61,113 +46,56 @@ func (h heard) Attempt() int                                        { return 1 }
 func (h heard) Ack(ctx context.Context) error                       { return ctx.Err() }
 func (h heard) Nack(ctx context.Context, _ queue.NackOptions) error { return ctx.Err() }
 
-func (l *listener) shut()                  { l.once.Do(func() { close(l.closed) }) }
-func (l *listener) ended() <-chan struct{} { return l.finished }
-
-// Close implements queue.Subscription.
-func (l *listener) Close() error {
-	l.shut()
-	t := time.NewTimer(closeTimeout)
-	defer t.Stop()
-	select {
-	case <-l.finished:
-		return nil
-	case <-l.q.closing:
-		return nil
-	case <-t.C:
-		return fmt.Errorf("amqpqueue: unsubscribe from %s: %w", l.topic, ErrUnreachable)
-	}
-}
-
-// run listens until the listener is closed.
-func (l *listener) run() {
-	defer close(l.finished)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	stop := make(chan struct{})
-	defer close(stop)
-	go func() {
-		select {
-		case <-l.closed:
-			cancel()
-		case <-stop:
-		}
-	}()
-	retry := backoff.NewExponentialBackOff()
-	retry.InitialInterval, retry.MaxInterval = 50*time.Millisecond, 5*time.Second
-	for {
-		ses, err := l.q.session(ctx)
-		if err == nil {
-			err = l.serve(ctx, ses, retry.Reset)
-		}
-		l.begin(err)
-		if ctx.Err() != nil || errors.Is(err, errClosed) {
-			return
-		}
-		l.q.m.resubscribes.Add(ctx, 1, l.q.m.destination(l.topic))
-		l.q.log.Warn("amqpqueue: broadcast interrupted", "topic", l.topic, "error", err)
-		select {
-		case <-ses.done():
-		case <-time.After(retry.NextBackOff()):
-		case <-l.closed:
-			return
-		}
-	}
-}
-
-func (l *listener) begin(err error) {
-	select {
-	case l.begun <- err:
-	default:
-	}
-}
-
 // serve listens on one channel until that ends, or the listener does.
-func (l *listener) serve(ctx context.Context, ses *session, began func()) error {
-	if err := l.q.hear(ctx, ses, l.topic); err != nil {
+func (l *listener) serve(ses *session) error {
+	if err := l.q.hear(l.ctx, ses, l.topic); err != nil {
 		return err
 	}
-	ch, err := ses.channel(ctx)
+	ch, err := ses.channel(l.ctx)
 	if err != nil {
 		return err
 	}
-	closes := ch.NotifyClose(make(chan *amqp.Error, 1))
-	defer func() { ses.work.Go(func() { _ = ch.Close() }) }()
 	type result struct {
 		in  <-chan amqp.Delivery
 		err error
 	}
-	done := make(chan result, 1)
-	ses.work.Go(func() {
+	done, leave, left := make(chan result, 1), make(chan struct{}), make(chan struct{})
+	ses.spawn(func() {
 		in, err := l.listen(ch)
 		done <- result{in, err}
+		<-leave
+		_ = ch.Close() // its queue goes with it
+		close(left)
 	})
-	var r result
+	defer func() {
+		close(leave)
+		select {
+		case <-left:
+		case <-ses.ctx.Done():
+		}
+	}()
+	var in <-chan amqp.Delivery
 	select {
-	case r = <-done:
-	case <-l.closed:
+	case r := <-done:
+		if r.err != nil {
+			return ses.lost(classify(r.err))
+		}
+		in = r.in
+	case <-l.ctx.Done():
 		return errClosed
+	case <-ses.ctx.Done():
+		return context.Cause(ses.ctx)
 	}
-	if r.err != nil {
-		return ses.lost(classify(r.err))
-	}
-	began()
 	l.begin(nil)
 	for {
 		select {
-		case d, ok := <-r.in:
-			if !ok {
+		case d, ok := <-in:
+			if !ok { // the channel ended, or the queue was deleted
 				return ses.lost(amqp.ErrClosed)
 			}
-			m := decode(&d)
-			l.hear(m)
-		case err := <-closes:
-			if err == nil {
-				err = amqp.ErrClosed
-			}
-			return ses.lost(err)
-		case <-l.closed:
-			return ch.Close() // and its queue goes
+			l.hear(decode(&d))
+		case <-l.ctx.Done():
+			return errClosed
 		}
 	}
 }

@@ -1,7 +1,6 @@
 package amqpqueue
 
 import (
-	"maps"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -150,12 +149,12 @@ func letter(d *amqp.Delivery, topic, group string) queue.DeadLetter {
 		l.Reason, _ = d.Headers[headerReason].(string)
 		return l
 	}
-	l.Attempt = attempt(d)
 	l.Reason = "dead-lettered by the broker"
 	if deaths, _ := d.Headers["x-death"].([]any); len(deaths) > 0 {
 		if death, ok := deaths[0].(amqp.Table); ok {
-			if reason, ok := death["reason"].(string); ok {
-				l.Reason += ": " + reason
+			reason, _ := death["reason"].(string)
+			if l.Reason += ": " + reason; reason == "delivery_limit" {
+				l.Attempt = int(number(d.Headers, headerAttempt)) + deliveryLimit + 1
 			}
 			if at, ok := death["time"].(time.Time); ok {
 				l.Time = at
@@ -163,14 +162,4 @@ func letter(d *amqp.Delivery, topic, group string) queue.DeadLetter {
 		}
 	}
 	return l
-}
-
-// with returns a copy of t with one more entry.
-func with(t amqp.Table, key string, value any) amqp.Table {
-	out := maps.Clone(t)
-	if out == nil {
-		out = amqp.Table{}
-	}
-	out[key] = value
-	return out
 }

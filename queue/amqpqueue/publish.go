@@ -3,18 +3,12 @@ package amqpqueue
 import (
 	"context"
 	"errors"
-	"fmt"
+	"maps"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/solstice-ci/solstice-go/queue"
-)
-
-// What wanted found out, where it must be found out anew each time.
-var (
-	errOnlyHeard = errors.New("amqpqueue: topic has broadcast readers only")
-	errKept      = errors.New("amqpqueue: topic has no reader yet")
 )
 
 // part is a message of a Publish call on its way. A delayed one is two: at once
@@ -30,7 +24,7 @@ func (q *Queue) Publish(ctx context.Context, topic string, msgs []queue.Message,
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if q.isClosed() {
+	if q.ctx.Err() != nil {
 		return errClosed
 	}
 	msgs, err := queue.Prepare(topic, msgs)
@@ -82,7 +76,7 @@ func (q *Queue) publish(ctx context.Context, topic string, msgs []queue.Message)
 	for i := range parts {
 		p := &parts[i]
 		err := s.pub.await(ctx, &p.outgoing)
-		if err == errReturned { //nolint:errorlint // ours, never wrapped
+		if errors.Is(err, errReturned) {
 			err = q.reroute(ctx, s, topic, &p.outgoing)
 		}
 		if err != nil {
@@ -103,27 +97,27 @@ func (q *Queue) publishDelayed(ctx context.Context, s *session, topic string, m 
 		return err
 	}
 	extra := amqp.Table{headerNotBefore: m.NotBefore.UnixMicro()}
-	if err := add(outgoing{exchange: q.o.Exchange, key: toHearers(topic), optional: true, msg: encode(m, extra)}); err != nil || !wanted {
+	err = add(outgoing{exchange: q.o.Exchange, key: toHearers(topic), optional: true, msg: encode(m, maps.Clone(extra))})
+	if err != nil || !wanted {
 		return err
 	}
-	tier, err := q.delayed(ctx, s, time.Until(m.NotBefore))
+	o, err := q.delayed(ctx, s, time.Until(m.NotBefore), toGroups(topic), encode(m, extra))
 	if err != nil {
 		return err
 	}
-	return add(outgoing{exchange: tier, key: toGroups(topic), msg: encode(m, with(extra, headerNotBefore, m.NotBefore.UnixMicro()))})
+	return add(o)
 }
 
 // reroute publishes a message again for which there was no queue: nobody reads
 // the topic yet, or somebody deleted the queue.
 func (q *Queue) reroute(ctx context.Context, s *session, topic string, o *outgoing) error {
 	q.m.returned.Add(ctx, 1, q.m.destination(topic))
-	if o.exchange != q.o.Exchange {
-		return fmt.Errorf("%w: the queue of %s is gone", ErrUnroutable, o.exchange)
+	if o.declare == nil {
+		o.key = toGroups(topic)
+		o.declare = func(ctx context.Context) error { return q.keep(ctx, s, topic) }
 	}
-	o.key = toGroups(topic)
-	declare := func() error { return q.keep(ctx, s, topic) }
-	if err := declare(); err != nil {
+	if err := o.declare(ctx); err != nil {
 		return err
 	}
-	return s.pub.republish(ctx, o, declare)
+	return s.pub.insist(ctx, o)
 }

@@ -2,6 +2,7 @@ package amqpqueue
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -38,9 +39,12 @@ type publisher struct {
 type outgoing struct {
 	exchange, key string
 	optional      bool // may go nowhere
+	patient       bool // goes on while the queue closes
 	msg           amqp.Publishing
-	weight        int64
-	confirm       *amqp.DeferredConfirmation
+	declare       func(ctx context.Context) error // what it should find and perhaps does not
+
+	weight  int64
+	confirm *amqp.DeferredConfirmation
 }
 
 func newPublisher(ses *session, ch *amqp.Channel) (*publisher, error) {
@@ -59,8 +63,10 @@ func newPublisher(ses *session, ch *amqp.Channel) (*publisher, error) {
 // error nothing was published.
 func (p *publisher) send(ctx context.Context, o *outgoing) error {
 	o.weight = 1 + int64(len(o.msg.Body))/windowUnit
-	if err := p.window.Acquire(ctx, o.weight); err != nil {
-		return err
+	if !p.window.TryAcquire(o.weight) {
+		if err := p.waitForRoom(ctx, o); err != nil {
+			return err
+		}
 	}
 	if !o.optional {
 		o.msg.CorrelationId = strconv.FormatUint(p.serial.Add(1), 36)
@@ -73,6 +79,20 @@ func (p *publisher) send(ctx context.Context, o *outgoing) error {
 	return nil
 }
 
+// waitForRoom waits until enough is confirmed for o to be under way.
+func (p *publisher) waitForRoom(ctx context.Context, o *outgoing) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(p.ses.ctx, func() { cancel(context.Cause(p.ses.ctx)) })()
+	if !o.patient {
+		defer context.AfterFunc(p.ses.q.ctx, func() { cancel(errClosed) })()
+	}
+	if p.window.Acquire(ctx, o.weight) != nil {
+		return context.Cause(ctx)
+	}
+	return nil
+}
+
 // await returns nil once the broker has the message on disk, in every queue it
 // was routed to.
 func (p *publisher) await(ctx context.Context, o *outgoing) error {
@@ -81,25 +101,29 @@ func (p *publisher) await(ctx context.Context, o *outgoing) error {
 		return p.outcome(o)
 	default:
 	}
+	closing := p.ses.q.ctx.Done()
+	if o.patient {
+		closing = nil
+	}
 	select {
 	case <-o.confirm.Done():
 		return p.outcome(o)
 	case <-ctx.Done():
-	case <-p.ses.q.closing:
+		p.abandon(o)
+		return context.Cause(ctx)
+	case <-closing:
 		p.abandon(o)
 		return errClosed
 	}
-	p.abandon(o)
-	return ctx.Err()
 }
 
 // abandon leaves a message to itself. It keeps its place in the window until
 // the broker, or the end of the connection, decides about it.
 func (p *publisher) abandon(o *outgoing) {
-	go func() {
+	p.ses.spawn(func() {
 		<-o.confirm.Done()
 		_ = p.outcome(o) // nobody asks any more
-	}()
+	})
 }
 
 func (p *publisher) outcome(o *outgoing) error {
@@ -151,17 +175,17 @@ func (p *publisher) publish(ctx context.Context, o *outgoing) error {
 	return p.await(ctx, o)
 }
 
-// republish is publish for a message of which a group's queue must not be
-// missing: should it be, declare makes it again.
-func (p *publisher) republish(ctx context.Context, o *outgoing, declare func() error) error {
+// insist is publish for a message that has a queue, or will once declare made
+// it again.
+func (p *publisher) insist(ctx context.Context, o *outgoing) error {
 	err := p.publish(ctx, o)
-	for tries := 0; err == errReturned && tries < routeTries; tries++ { //nolint:errorlint // ours, never wrapped
-		if err = declare(); err == nil {
+	for tries := 0; errors.Is(err, errReturned); tries++ {
+		if tries == routeTries {
+			return fmt.Errorf("%w: %s", ErrUnroutable, o.key)
+		}
+		if err = o.declare(ctx); err == nil {
 			err = p.publish(ctx, o)
 		}
-	}
-	if err == errReturned { //nolint:errorlint // see above
-		err = fmt.Errorf("%w: %s", ErrUnroutable, o.key)
 	}
 	return err
 }

@@ -33,7 +33,7 @@ type session struct {
 
 	ctx  context.Context // ends, with the cause, when the connection does
 	end  context.CancelCauseFunc
-	work sync.WaitGroup // all that uses the connection
+	work sync.WaitGroup // all that uses the connection; see spawn
 
 	admin   chan struct{} // capacity 1: who holds it may use adminCh
 	adminCh *amqp.Channel
@@ -41,7 +41,8 @@ type session struct {
 	letters chan struct{} // capacity 1: who holds it may walk through dead letters
 
 	mu    sync.Mutex
-	known map[string]struct{} // exchanges and queues declared in this session
+	over  bool
+	known map[string]struct{} // see knows
 }
 
 // connect opens a connection, or says why it can't.
@@ -99,7 +100,7 @@ func (q *Queue) open(ctx context.Context, c net.Conn, where string) (*session, e
 	s.conn = conn
 	closes := conn.NotifyClose(make(chan *amqp.Error, 1))
 	blocks := conn.NotifyBlocked(make(chan amqp.Blocking, 1))
-	s.work.Go(func() {
+	s.spawn(func() {
 		err, ok := <-closes
 		if !ok {
 			s.end(errClosed)
@@ -111,7 +112,7 @@ func (q *Queue) open(ctx context.Context, c net.Conn, where string) (*session, e
 		}
 		s.end(fmt.Errorf("%w: %w", ErrConnectionLost, err))
 	})
-	s.work.Go(func() {
+	s.spawn(func() {
 		for b := range blocks {
 			s.blocked.Store(b.Active)
 			q.log.Warn("amqpqueue: broker blocks publishing", "blocked", b.Active, "reason", b.Reason)
@@ -136,15 +137,36 @@ func (q *Queue) prepare(s *session) (err error) {
 		return err
 	}
 	closes := ch.NotifyClose(make(chan *amqp.Error, 1))
-	s.work.Go(func() {
-		if err, ok := <-closes; ok && err.Server {
-			// Nothing we publish should offend the broker; all start anew.
+	s.spawn(func() {
+		if err, ok := <-closes; ok && err.Server && !s.conn.IsClosed() {
+			// An exchange is gone: all is declared anew.
 			q.log.Error("amqpqueue: broker closed the publishing channel", "error", err)
 			_ = s.raw.Close()
 		}
 	})
 	s.pub, err = newPublisher(s, ch)
 	return err
+}
+
+// spawn runs fn, for which the session's end waits. It returns false where that
+// has come.
+func (s *session) spawn(fn func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.over {
+		return false
+	}
+	s.work.Go(fn)
+	return true
+}
+
+// wait waits for all that was spawned, which has to end since the connection
+// was closed.
+func (s *session) wait() {
+	s.mu.Lock()
+	s.over = true
+	s.mu.Unlock()
+	s.work.Wait()
 }
 
 // lost says that what was under way failed with the connection, and why.
@@ -167,7 +189,7 @@ func (s *session) do(ctx context.Context, fn func(ch *amqp.Channel) error) error
 		return context.Cause(s.ctx)
 	}
 	done := make(chan error, 1)
-	s.work.Go(func() {
+	ok := s.spawn(func() {
 		defer func() { <-s.admin }()
 		if s.adminCh.IsClosed() { // the broker closes it with every refusal
 			ch, err := s.conn.Channel()
@@ -179,6 +201,9 @@ func (s *session) do(ctx context.Context, fn func(ch *amqp.Channel) error) error
 		}
 		done <- fn(s.adminCh)
 	})
+	if !ok {
+		return context.Cause(s.ctx)
+	}
 	select {
 	case err := <-done:
 		return err
@@ -194,13 +219,16 @@ func (s *session) channel(ctx context.Context) (*amqp.Channel, error) {
 		err error
 	}
 	done := make(chan result, 1)
-	s.work.Go(func() {
+	ok := s.spawn(func() {
 		ch, err := s.conn.Channel()
 		done <- result{ch, err}
 		if err == nil && ctx.Err() != nil {
 			_ = ch.Close() // nobody waits for it
 		}
 	})
+	if !ok {
+		return nil, context.Cause(s.ctx)
+	}
 	select {
 	case r := <-done:
 		if r.err != nil {
@@ -212,29 +240,30 @@ func (s *session) channel(ctx context.Context) (*amqp.Channel, error) {
 	}
 }
 
-// once runs fn unless it succeeded for that name in this session.
-func (s *session) once(name string, fn func() error) error {
+// knows reports whether learn was called with that name in this session, for
+// what need not be asked or declared again.
+func (s *session) knows(name string) bool {
 	s.mu.Lock()
-	_, known := s.known[name]
-	s.mu.Unlock()
-	if known {
-		return nil
-	}
-	if err := fn(); err != nil {
-		return err
-	}
+	defer s.mu.Unlock()
+	_, ok := s.known[name]
+	return ok
+}
+
+func (s *session) learn(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.known[name] = struct{}{}
-	return nil
 }
 
 // close ends the session in good order within ctx, otherwise at once.
 func (s *session) close(ctx context.Context) (err error) {
-	done := make(chan error, 1)
-	go func() { done <- s.conn.Close() }()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err = s.conn.Close()
+	}()
 	select {
-	case err = <-done:
+	case <-done:
 	case <-ctx.Done():
 		_ = s.raw.Close()
 		<-done
@@ -242,7 +271,7 @@ func (s *session) close(ctx context.Context) (err error) {
 	}
 	_ = s.raw.Close()
 	s.end(errClosed)
-	s.work.Wait()
+	s.wait()
 	if errors.Is(err, amqp.ErrClosed) {
 		err = nil // it had ended by itself
 	}
@@ -262,16 +291,14 @@ func (q *Queue) supervise(s *session) {
 		q.setLive(nil, cause)
 		q.log.Warn("amqpqueue: disconnected", "error", cause)
 		_ = s.raw.Close()
-		s.work.Wait()
+		s.wait()
 		s = q.reconnect()
 	}
 }
 
 // reconnect tries for ever, or until the queue closes.
 func (q *Queue) reconnect() *session {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	defer context.AfterFunc(q.closingCtx, cancel)()
+	ctx := q.ctx
 	retry := backoff.NewExponentialBackOff()
 	retry.InitialInterval, retry.MaxInterval = 100*time.Millisecond, 10*time.Second
 	for {
@@ -317,18 +344,8 @@ func (q *Queue) session(ctx context.Context) (*session, error) {
 		case <-changed:
 		case <-ctx.Done():
 			return nil, fmt.Errorf("%w: %w: %w", ctx.Err(), ErrNotConnected, why)
-		case <-q.closing:
+		case <-q.ctx.Done():
 			return nil, errClosed
 		}
 	}
 }
-
-// done ends with the session, as it has where there is none.
-func (s *session) done() <-chan struct{} {
-	if s == nil {
-		return ended
-	}
-	return s.ctx.Done()
-}
-
-var ended = func() chan struct{} { c := make(chan struct{}); close(c); return c }()

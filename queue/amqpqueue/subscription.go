@@ -2,13 +2,11 @@ package amqpqueue
 
 import (
 	"context"
-	"errors"
-	"fmt"
+	"math"
 	"strconv"
 	"sync"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/solstice-ci/solstice-go/queue"
@@ -30,14 +28,10 @@ const hold = 20 * time.Millisecond
 // a settlement was held for too long, or there has been credit and no call, all
 // consumers are cancelled and what was held is sent.
 type subscription struct {
-	q        *Queue
-	topic    string
-	o        queue.SubscribeOptions
-	begun    chan error // capacity 1
-	finished chan struct{}
-	closed   chan struct{}
-	kick     chan struct{} // capacity 1: run has something to do
-	timer    *time.Timer
+	*reader
+	o     queue.SubscribeOptions
+	kick  chan struct{} // capacity 1: serve has something to do
+	timer *time.Timer
 
 	mu      sync.Mutex
 	feed    *feed // nil while there is none
@@ -47,7 +41,6 @@ type subscription struct {
 	surplus []*delivery
 	held    []settlement
 	armed   bool // the timer runs
-	shutErr error
 }
 
 // feed is what a subscription has of one channel. It ends with the channel, and
@@ -82,11 +75,8 @@ type settlement struct {
 	since   time.Time
 }
 
-func newSubscription(q *Queue, topic string, o queue.SubscribeOptions) *subscription {
-	s := &subscription{
-		q: q, topic: topic, o: o, begun: make(chan error, 1), finished: make(chan struct{}), closed: make(chan struct{}),
-		kick: make(chan struct{}, 1), idle: time.Now(),
-	}
+func newSubscription(r *reader, o queue.SubscribeOptions) *subscription {
+	s := &subscription{reader: r, o: o, kick: make(chan struct{}, 1), idle: time.Now()}
 	s.timer = time.AfterFunc(time.Hour, s.due)
 	s.timer.Stop()
 	return s
@@ -112,7 +102,7 @@ func (s *subscription) Next(ctx context.Context) (queue.Delivery, error) {
 		return nil, err
 	}
 	s.mu.Lock()
-	if s.isClosed() {
+	if s.ctx.Err() != nil {
 		s.mu.Unlock()
 		return nil, errClosed
 	}
@@ -131,7 +121,7 @@ func (s *subscription) Next(ctx context.Context) (queue.Delivery, error) {
 	select {
 	case d := <-w.got:
 		return d, nil
-	case <-s.closed:
+	case <-s.ctx.Done():
 		return s.abandon(w, errClosed)
 	case <-ctx.Done():
 		return s.abandon(w, ctx.Err())
@@ -149,7 +139,7 @@ func (s *subscription) abandon(w *waiter, err error) (queue.Delivery, error) {
 			return nil, err
 		}
 	}
-	if d := <-w.got; !s.isClosed() {
+	if d := <-w.got; s.ctx.Err() == nil {
 		return d, nil
 	}
 	return nil, err // given back with everything else
@@ -224,101 +214,13 @@ func (s *subscription) send(d *delivery, requeue bool) {
 	}
 }
 
-func (s *subscription) isClosed() bool {
-	select {
-	case <-s.closed:
-		return true
-	default:
-		return false
-	}
-}
-
-// shut implements reader.
-func (s *subscription) shut() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.isClosed() {
-		close(s.closed)
-		s.waiters = nil
-		s.wake()
-	}
-}
-
-// ended implements reader.
-func (s *subscription) ended() <-chan struct{} { return s.finished }
-
-// Close implements queue.Subscription.
-func (s *subscription) Close() error {
-	s.shut()
-	t := time.NewTimer(closeTimeout)
-	defer t.Stop()
-	select {
-	case <-s.finished:
-		return nil
-	case <-s.q.closing:
-		return nil
-	case <-t.C:
-		return fmt.Errorf("amqpqueue: unsubscribe from %s: %w", s.topic, ErrUnreachable)
-	}
-}
-
-// run feeds the subscription until it is closed.
-func (s *subscription) run() {
-	defer close(s.finished)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	stop := make(chan struct{})
-	defer close(stop)
-	go func() { // for what waits for the broker before there is a channel to close
-		select {
-		case <-s.closed:
-			cancel()
-		case <-stop:
-		}
-	}()
-	retry := backoff.NewExponentialBackOff()
-	retry.InitialInterval, retry.MaxInterval = 50*time.Millisecond, 5*time.Second
-	for first := true; ; first = false {
-		ses, err := s.q.session(ctx)
-		if err == nil {
-			began := time.Now()
-			err = s.serve(ctx, ses)
-			if time.Since(began) > retry.MaxInterval {
-				retry.Reset()
-			}
-		}
-		if first {
-			s.begin(err)
-		}
-		if s.isClosed() || errors.Is(err, errClosed) {
-			return
-		}
-		s.q.m.resubscribes.Add(ctx, 1, s.q.m.destination(s.topic))
-		s.q.log.Warn("amqpqueue: subscription interrupted", "topic", s.topic, "group", s.o.Group, "error", err)
-		select {
-		case <-ses.done():
-		case <-time.After(retry.NextBackOff()):
-		case <-s.closed:
-			return
-		}
-	}
-}
-
-// begin tells Subscribe how it began.
-func (s *subscription) begin(err error) {
-	select {
-	case s.begun <- err:
-	default:
-	}
-}
-
 // serve reads through one channel until that ends, or the subscription does.
-func (s *subscription) serve(ctx context.Context, ses *session) error {
-	name, err := s.q.enter(ctx, ses, s.topic, s.o.Group)
+func (s *subscription) serve(ses *session) error {
+	name, err := s.q.enter(s.ctx, ses, s.topic, s.group)
 	if err != nil {
 		return err
 	}
-	ch, err := ses.channel(ctx)
+	ch, err := ses.channel(s.ctx)
 	if err != nil {
 		return err
 	}
@@ -328,26 +230,23 @@ func (s *subscription) serve(ctx context.Context, ses *session) error {
 	s.feed = f
 	s.balance()
 	s.mu.Unlock()
-	s.begin(nil)
 	defer s.end(f)
+	s.begin(nil)
 	for {
+		var err error
 		select {
 		case err := <-closes:
 			if err == nil {
-				return ses.lost(amqp.ErrClosed)
+				err = amqp.ErrClosed
 			}
 			return ses.lost(err)
-		case <-s.closed:
+		case <-s.ctx.Done():
 			return s.wind(f)
-		case <-f.broken:
-			// The queue was deleted, or moves to another node.
-			if s.q.log.Warn("amqpqueue: queue lost, declaring it again", "queue", name); true {
-				s.q.m.resubscribes.Add(ctx, 1, s.q.m.destination(s.topic))
+		case <-f.broken: // the queue was deleted
+			s.resumed("lost its queue", nil)
+			if _, err = s.q.enter(s.ctx, ses, s.topic, s.group); err == nil {
+				err = s.adjust(f)
 			}
-			if _, err := s.q.enter(ctx, ses, s.topic, s.o.Group); err != nil {
-				return err
-			}
-			err = s.adjust(f)
 		case <-s.kick:
 			err = s.adjust(f)
 		}
@@ -357,28 +256,27 @@ func (s *subscription) serve(ctx context.Context, ses *session) error {
 	}
 }
 
-// end drops the claim to what came through the channel.
-func (s *subscription) end(f *feed) {
-	s.mu.Lock()
-	f.ended = true
-	s.feed = nil
-	s.out = 0
-	s.surplus, s.held = nil, nil
-	s.mu.Unlock()
-	// Nobody waits longer for it than for the broker; it ends with the session.
-	f.ses.work.Go(func() { _ = f.ch.Close() })
-}
-
 // wind gives back what the subscription holds.
 func (s *subscription) wind(f *feed) error {
-	if err := s.cancel(f); err != nil {
+	if err := s.cancelAll(f); err != nil {
 		return err
 	}
 	f.work.Wait()
+	return nil
+}
+
+// end drops the claim to what came through the channel, and closes it.
+func (s *subscription) end(f *feed) {
 	s.mu.Lock()
+	for len(s.held) > 0 {
+		s.release()
+	}
 	f.ended = true
+	s.feed = nil
+	s.out = 0
+	s.surplus = nil
 	s.mu.Unlock()
-	return f.ch.Close()
+	_ = f.ch.Close() // where the broker does not answer, until the session ends
 }
 
 // adjust does what needs answers of the broker.
@@ -392,7 +290,7 @@ func (s *subscription) adjust(f *feed) error {
 	}
 	s.mu.Unlock()
 	if stale || idle {
-		if err := s.cancel(f); err != nil {
+		if err := s.cancelAll(f); err != nil {
 			return err
 		}
 	}
@@ -402,7 +300,7 @@ func (s *subscription) adjust(f *feed) error {
 // grow starts a consumer for calls without credit.
 func (s *subscription) grow(f *feed) error {
 	s.mu.Lock()
-	n := s.missing()
+	n := min(s.missing(), math.MaxUint16)
 	if n <= 0 {
 		s.mu.Unlock()
 		return nil
@@ -424,7 +322,7 @@ func (s *subscription) grow(f *feed) error {
 	}
 	f.credit += n
 	f.consumers[c] = struct{}{}
-	f.ses.work.Go(func() {
+	f.ses.spawn(func() {
 		for d := range deliveries {
 			s.arrive(f, c, &d)
 		}
@@ -450,9 +348,9 @@ func (s *subscription) forget(f *feed, c *consumer) {
 	delete(f.consumers, c)
 }
 
-// cancel ends all consumers, sends the settlements that were held back, and
+// cancelAll ends all consumers, sends the settlements that were held back, and
 // gives back deliveries that nobody asks for.
-func (s *subscription) cancel(f *feed) error {
+func (s *subscription) cancelAll(f *feed) error {
 	s.mu.Lock()
 	var all []*consumer
 	for c := range f.consumers {
@@ -486,7 +384,7 @@ func (s *subscription) cancel(f *feed) error {
 	}
 	for _, d := range s.surplus {
 		s.move(d, outgoing{
-			exchange: s.q.o.Exchange, key: toGroup(s.topic, s.o.Group),
+			exchange: s.q.o.Exchange, key: toGroup(s.topic, s.group), declare: s.redeclare(f.ses),
 			msg: encode(&d.msg, amqp.Table{headerAttempt: int64(d.attempt - 1)}),
 		})
 	}

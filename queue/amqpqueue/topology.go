@@ -130,38 +130,30 @@ func (q *Queue) keep(ctx context.Context, s *session, topic string) error {
 	}))
 }
 
-// wanted reports whether delayed messages of the topic have, or may come to
-// have, a reader, and makes sure that they find a queue.
+// wanted reports whether delayed messages of the topic have a reader, or may
+// come to have one, and makes sure that they find a queue.
 func (q *Queue) wanted(ctx context.Context, s *session, topic string) (bool, error) {
-	err := s.once(topic, func() error {
-		switch ok, err := q.claimed(ctx, s, topic); {
-		case err != nil:
-			return err
-		case ok:
-			return nil
-		}
-		err := s.do(ctx, func(ch *amqp.Channel) error {
-			_, err := ch.QueueDeclarePassive(q.sinkQueue(topic), true, false, false, false, nil)
-			return err
-		})
-		switch {
-		case err == nil:
-			return errOnlyHeard
-		case !hasCode(err, amqp.NotFound):
-			return classify(err)
-		}
-		if err := q.keep(ctx, s, topic); err != nil {
-			return err
-		}
-		return errKept
-	})
-	switch err { //nolint:errorlint // ours, never wrapped
-	case nil, errKept:
+	if s.knows(topic) {
 		return true, nil
-	case errOnlyHeard:
-		return false, nil
 	}
-	return false, err
+	switch claimed, err := q.claimed(ctx, s, topic); {
+	case err != nil:
+		return false, err
+	case claimed:
+		s.learn(topic) // that does not change
+		return true, nil
+	}
+	err := s.do(ctx, func(ch *amqp.Channel) error {
+		_, err := ch.QueueDeclarePassive(q.sinkQueue(topic), true, false, false, false, nil)
+		return err
+	})
+	switch {
+	case err == nil: // only broadcasts
+		return false, nil
+	case hasCode(err, amqp.NotFound):
+		return true, q.keep(ctx, s, topic)
+	}
+	return false, classify(err)
 }
 
 // hear makes known that the topic has a broadcast reader.
@@ -176,31 +168,41 @@ func (q *Queue) hear(ctx context.Context, s *session, topic string) error {
 	}))
 }
 
-// delayed picks the tier for a message that is due in d, and declares it. When
-// the tier is not as long as d, whoever receives the message delays the rest.
-func (q *Queue) delayed(ctx context.Context, s *session, d time.Duration) (exchange string, err error) {
+// delayed is a message that reaches the routing key no sooner than in d, unless
+// the longest tier is shorter: whoever receives it delays it for the rest.
+func (q *Queue) delayed(ctx context.Context, s *session, d time.Duration, key string, msg amqp.Publishing) (outgoing, error) {
 	t := firstTier
 	for t < lastTier && t*2 <= d {
 		t *= 2
 	}
 	name := q.tier(t)
-	return name, s.once(name, func() error {
-		return classify(s.do(ctx, func(ch *amqp.Channel) error {
-			// The message keeps its routing key on the way through.
-			if err := ch.ExchangeDeclare(name, amqp.ExchangeFanout, true, false, false, false, nil); err != nil {
-				return err
-			}
-			_, err := ch.QueueDeclare(name, true, false, false, false, amqp.Table{
-				amqp.QueueTypeArg:        amqp.QueueTypeQuorum,
-				amqp.QueueMessageTTLArg:  t.Milliseconds(),
-				"x-dead-letter-exchange": q.o.Exchange,
-				"x-dead-letter-strategy": "at-least-once",
-				amqp.QueueOverflowArg:    amqp.QueueOverflowRejectPublish,
-			})
-			if err != nil {
-				return err
-			}
-			return ch.QueueBind(name, "", name, false, nil)
-		}))
+	o := outgoing{exchange: name, key: key, msg: msg, declare: func(ctx context.Context) error { return q.declareTier(ctx, s, name, t) }}
+	if s.knows(name) {
+		return o, nil
+	}
+	return o, o.declare(ctx)
+}
+
+func (q *Queue) declareTier(ctx context.Context, s *session, name string, t time.Duration) error {
+	err := s.do(ctx, func(ch *amqp.Channel) error {
+		// Messages keep their routing key on the way through.
+		if err := ch.ExchangeDeclare(name, amqp.ExchangeFanout, true, false, false, false, nil); err != nil {
+			return err
+		}
+		_, err := ch.QueueDeclare(name, true, false, false, false, amqp.Table{
+			amqp.QueueTypeArg:        amqp.QueueTypeQuorum,
+			amqp.QueueMessageTTLArg:  t.Milliseconds(),
+			"x-dead-letter-exchange": q.o.Exchange,
+			"x-dead-letter-strategy": "at-least-once",
+			amqp.QueueOverflowArg:    amqp.QueueOverflowRejectPublish,
+		})
+		if err != nil {
+			return err
+		}
+		return ch.QueueBind(name, "", name, false, nil)
 	})
+	if err == nil {
+		s.learn(name)
+	}
+	return classify(err)
 }
