@@ -58,7 +58,7 @@ func newFleet(t *testing.T, exe string, n int) *fleet {
 	base := t.TempDir()
 	f.trust, f.machines = ca.File, filepath.Join(base, "machines")
 	f.args = []string{
-		"--database-url", f.database, "--auto-migrate",
+		"--database-url", f.database, "--auto-migrate", "--amqp-url", vhost,
 		"--s3-endpoint", bucket.Endpoint, "--s3-bucket", bucket.Bucket, "--aws-region", bucket.Region,
 		"--aws-access-key-id", bucket.AccessKey, "--aws-secret-access-key-file", secret,
 		"--grpc-tls-cert", cert.Cert, "--grpc-tls-key", cert.Key, "--grpc-tls-ca", cert.CA, "--mtls-role=none",

@@ -35,6 +35,7 @@ type flags struct {
 	daemon.State
 	storage.Database
 	storage.Blobs
+	storage.Broker
 	daemon.GRPC
 	daemon.Peers
 	daemon.HTTP
@@ -239,7 +240,7 @@ func closed(l net.Listener) func() error {
 
 // parts opens what the engine works with.
 func (f *flags) parts(ctx context.Context, db *bun.DB, dir string, cfg *solstice.Config, open *closers) error {
-	q, err := storage.OpenQueue(ctx, db, cfg.Logger)
+	q, err := f.Broker.Open(ctx, db, cfg.Logger)
 	if err != nil {
 		return err
 	}

@@ -171,7 +171,7 @@ func (c *runCmd) run(ctx context.Context, state string) (code int, err error) {
 	if err := solstice.Migrate(ctx, db); err != nil {
 		return 0, problem("cannot prepare the state", err, "")
 	}
-	q, err := storage.OpenQueue(ctx, db, slog.Default())
+	q, err := storage.Broker{}.Open(ctx, db, slog.Default())
 	if err != nil {
 		return 0, problem("cannot open the queue", err, "")
 	}

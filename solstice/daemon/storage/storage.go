@@ -19,6 +19,7 @@ import (
 	"github.com/solstice-ci/solstice-go/blobstore/s3blob"
 	"github.com/solstice-ci/solstice-go/internal/sqldb"
 	"github.com/solstice-ci/solstice-go/queue"
+	"github.com/solstice-ci/solstice-go/queue/amqpqueue"
 	"github.com/solstice-ci/solstice-go/queue/sqlqueue"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
 )
@@ -178,13 +179,89 @@ func bucketAdvice(err error) string {
 	return ""
 }
 
-// OpenQueue opens the queue kept in db.
-func OpenQueue(ctx context.Context, db *bun.DB, log *slog.Logger) (queue.Queue, error) {
-	q, err := sqlqueue.New(ctx, db, sqlqueue.Options{Logger: log})
+// Broker are the flags of the queue: RabbitMQ where one is named, otherwise the
+// database.
+type Broker struct {
+	AMQPURL      string `group:"Queue" name:"amqp-url" env:"AMQP_URL" placeholder:"URL" help:"RabbitMQ, as amqp://USER:PASSWORD@HOST:5672/VHOST or amqps://…, with %2f for the virtual host /. Default: the queue is in the database."`
+	AMQPURLFile  string `group:"Queue" name:"amqp-url-file" env:"AMQP_URL_FILE" placeholder:"FILE" help:"File with RabbitMQ's URL."`
+	AMQPPrefetch int    `group:"Queue" name:"amqp-prefetch" env:"AMQP_PREFETCH" default:"64" help:"Most messages that a reader has in hand."`
+	AMQPExchange string `group:"Queue" name:"amqp-exchange" env:"AMQP_EXCHANGE" default:"solstice.jobs" placeholder:"NAME" help:"Exchange that messages are published to."`
+	AMQPQueue    string `group:"Queue" name:"amqp-queue" env:"AMQP_QUEUE" default:"solstice" placeholder:"PREFIX" help:"What the names of queues begin with: PREFIX.TOPIC.v1."`
+	AMQPCA       string `group:"Queue" name:"amqp-ca" env:"AMQP_CA" placeholder:"FILE" help:"PEM file of the authorities that may sign RabbitMQ's certificate. Default: the system's."`
+	AMQPCert     string `group:"Queue" name:"amqp-cert" env:"AMQP_CERT" placeholder:"FILE" help:"PEM file of the certificate to show to RabbitMQ."`
+	AMQPKey      string `group:"Queue" name:"amqp-key" env:"AMQP_KEY" placeholder:"FILE" help:"PEM file of that certificate's key."`
+}
+
+// Open opens the queue, and returns once a broker has answered. Without one it
+// is kept in db. A nil log discards.
+func (b Broker) Open(ctx context.Context, db *bun.DB, log *slog.Logger) (queue.Queue, error) {
+	url, err := daemon.Secret("amqp-url", b.AMQPURL, b.AMQPURLFile)
 	if err != nil {
-		return nil, &daemon.Problem{What: "cannot open the queue in the database", Err: err, Advice: databaseAdvice(err)}
+		return nil, err
+	}
+	if url == "" {
+		if b.AMQPCA != "" || b.AMQPCert != "" || b.AMQPKey != "" {
+			return nil, usage("certificates for RabbitMQ are given, but no URL of it", "give --amqp-url")
+		}
+		q, err := sqlqueue.New(ctx, db, sqlqueue.Options{Logger: log})
+		if err != nil {
+			return nil, &daemon.Problem{What: "cannot open the queue in the database", Err: err, Advice: databaseAdvice(err)}
+		}
+		return q, nil
+	}
+	if (b.AMQPCert == "") != (b.AMQPKey == "") {
+		return nil, usage("a certificate for RabbitMQ needs its key", "give both --amqp-cert and --amqp-key")
+	}
+	if b.AMQPPrefetch < 1 {
+		return nil, usage("--amqp-prefetch must be positive", "correct --amqp-prefetch")
+	}
+	o := amqpqueue.Options{
+		URL: url, Exchange: b.AMQPExchange, Prefix: b.AMQPQueue, Prefetch: b.AMQPPrefetch, ConnectionName: "solstice", Logger: log,
+		TracerProvider: otel.GetTracerProvider(), MeterProvider: otel.GetMeterProvider(),
+	}
+	if b.AMQPCA != "" || b.AMQPCert != "" {
+		o.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
+	}
+	if b.AMQPCA != "" {
+		if o.TLS.RootCAs, err = daemon.LoadPool(b.AMQPCA); err != nil {
+			return nil, &daemon.Problem{What: "cannot use the file of --amqp-ca", Err: err}
+		}
+	}
+	if b.AMQPCert != "" {
+		pair, err := tls.LoadX509KeyPair(b.AMQPCert, b.AMQPKey)
+		if err != nil {
+			return nil, &daemon.Problem{What: "cannot use the files of --amqp-cert and --amqp-key", Err: err}
+		}
+		o.TLS.Certificates = []tls.Certificate{pair}
+	}
+	q, err := amqpqueue.Open(ctx, o)
+	if err != nil {
+		return nil, &daemon.Problem{What: "cannot open the queue in RabbitMQ", Err: err, Advice: brokerAdvice(err)}
 	}
 	return q, nil
+}
+
+func brokerAdvice(err error) string {
+	for _, known := range []struct {
+		is     error
+		advice string
+	}{
+		{amqpqueue.ErrURL, "give --amqp-url as amqp://USER:PASSWORD@HOST:5672/VHOST, with %2f for the virtual host /"},
+		{amqpqueue.ErrHostNotFound, "the host in --amqp-url does not resolve: check its spelling and this machine's DNS"},
+		{amqpqueue.ErrRefused, "no RabbitMQ answers at host and port of --amqp-url: start it, or correct them (5672, with TLS 5671)"},
+		{amqpqueue.ErrUnreachable, "the host in --amqp-url does not answer: check the address, and firewalls on the way"},
+		{amqpqueue.ErrTLS, "check amqp:// against amqps:// in --amqp-url, and --amqp-ca, --amqp-cert and --amqp-key"},
+		{amqpqueue.ErrAuth, "correct user and password in --amqp-url; RabbitMQ lets guest in from its own machine only"},
+		{amqpqueue.ErrVHost, "create the virtual host (rabbitmqctl add_vhost), let the user in, or correct it in --amqp-url"},
+		{amqpqueue.ErrPermission, "let the user configure, write and read (rabbitmqctl set_permissions)"},
+		{amqpqueue.ErrTopology, "another program has exchanges or queues of these names: give --amqp-exchange and --amqp-queue others, or delete them"},
+		{queue.ErrInvalid, "correct --amqp-exchange or --amqp-queue"},
+	} {
+		if errors.Is(err, known.is) {
+			return known.advice
+		}
+	}
+	return ""
 }
 
 func usage(what, advice string) error {

@@ -27,7 +27,7 @@ func TestEmbeddedDefaultsOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = db.Close() }()
-	q, err := OpenQueue(t.Context(), db, nil)
+	q, err := Broker{}.Open(t.Context(), db, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,5 +166,66 @@ func TestNowhereToKeepState(t *testing.T) {
 	}
 	if _, err := (Database{}).Open(t.Context(), t.TempDir(), nil); err == nil {
 		t.Error("a pool of no connections was opened")
+	}
+}
+
+func broker(url string) Broker {
+	return Broker{AMQPURL: url, AMQPPrefetch: 64, AMQPExchange: "solstice.jobs", AMQPQueue: "solstice"}
+}
+
+func TestBrokerOpens(t *testing.T) {
+	b := broker("")
+	b.AMQPURLFile = filepath.Join(t.TempDir(), "url")
+	if err := os.WriteFile(b.AMQPURLFile, []byte(testenv.RabbitMQ(t)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	q, err := b.Open(t.Context(), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = q.Close() }()
+	if err := q.Publish(t.Context(), "topic", []queue.Message{{Body: []byte("x")}}, queue.PublishOptions{}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestBrokerProblemsHaveAdvice(t *testing.T) {
+	url := testenv.RabbitMQ(t)
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := lis.Addr().String()
+	_ = lis.Close()
+	missing := filepath.Join(t.TempDir(), "none.pem")
+	for _, c := range []struct {
+		name   string
+		change func(*Broker)
+		advice string
+	}{
+		{"not a URL", func(b *Broker) { b.AMQPURL = "rabbit:hunter2" }, "give --amqp-url as amqp://"},
+		{"host", func(b *Broker) { b.AMQPURL = "amqp://u:hunter2@no-such-host.invalid/" }, "does not resolve"},
+		{"refused", func(b *Broker) { b.AMQPURL = "amqp://u:hunter2@" + closed + "/" }, "start it, or correct them"},
+		{"TLS", func(b *Broker) { b.AMQPURL = strings.Replace(url, "amqp://", "amqps://", 1) }, "amqp:// against amqps://"},
+		{"password", func(b *Broker) { b.AMQPURL = strings.Replace(url, ":guest@", ":hunter2@", 1) }, "correct user and password"},
+		{"virtual host", func(b *Broker) { b.AMQPURL = url + "-none" }, "create the virtual host"},
+		{"prefix", func(b *Broker) { b.AMQPQueue = "Not Valid" }, "--amqp-exchange or --amqp-queue"},
+		{"prefetch", func(b *Broker) { b.AMQPPrefetch = 0 }, "--amqp-prefetch"},
+		{"half a certificate", func(b *Broker) { b.AMQPCert = missing }, "--amqp-cert and --amqp-key"},
+		{"no authority", func(b *Broker) { b.AMQPCA = missing }, ""},
+		{"certificates for nothing", func(b *Broker) { b.AMQPURL, b.AMQPCA = "", missing }, "give --amqp-url"},
+	} {
+		b := broker(url)
+		c.change(&b)
+		q, err := b.Open(t.Context(), nil, nil)
+		if err == nil {
+			_ = q.Close()
+		}
+		p, ok := errors.AsType[*daemon.Problem](err)
+		if !ok || !strings.Contains(p.Advice, c.advice) || p.Advice == "" && c.advice != "" {
+			t.Errorf("%s: error %v, want advice about %q", c.name, err, c.advice)
+		} else if strings.Contains(err.Error(), "hunter2") || strings.Contains(err.Error(), "guest:guest") {
+			t.Errorf("%s: the error shows a secret: %v", c.name, err)
+		}
 	}
 }
