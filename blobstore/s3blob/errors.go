@@ -210,6 +210,7 @@ func (c *call) try(ctx context.Context, request func(ctx context.Context) error)
 	for n := 1; ; n++ {
 		rec = &record{}
 		err := request(context.WithValue(ctx, recordKey{}, rec))
+		rec.sending.Wait() // whoever owns the content may use its memory again
 		if err == nil {
 			return rec, repeated, nil
 		}

@@ -3,10 +3,12 @@ package s3blob
 import (
 	"context"
 	"crypto/tls"
+	"io"
 	"net"
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -67,11 +69,12 @@ func (c *conn) Write(p []byte) (n int, err error) {
 
 // record is what is known of a request besides what minio returns of it.
 type record struct {
-	err        error         // of the connection, with its type
-	answered   bool          // a response came
-	date       time.Time     // of the server
-	retryAfter time.Duration // that it asks for
-	page       bool          // an error for people, as web servers give
+	err        error          // of the connection, with its type
+	answered   bool           // a response came
+	date       time.Time      // of the server
+	retryAfter time.Duration  // that it asks for
+	page       bool           // an error for people, as web servers give
+	sending    sync.WaitGroup // of the content, which may outlast an answer
 }
 
 type recordKey struct{}
@@ -80,20 +83,36 @@ type recordKey struct{}
 type recorder struct{ next http.RoundTripper }
 
 func (r recorder) RoundTrip(req *http.Request) (*http.Response, error) {
-	resp, err := r.next.RoundTrip(req)
 	rec, _ := req.Context().Value(recordKey{}).(*record)
 	if rec == nil {
-		return resp, err
+		return r.next.RoundTrip(req)
 	}
-	*rec = record{err: err}
-	if resp != nil {
-		rec.answered = true
-		rec.page = resp.StatusCode >= 400 && strings.HasPrefix(resp.Header.Get("Content-Type"), "text/") &&
-			!strings.Contains(resp.Header.Get("Content-Type"), "xml") && req.Method != http.MethodHead
-		rec.date, _ = http.ParseTime(resp.Header.Get("Date")) // zero where there is none
-		if s, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && s > 0 {
-			rec.retryAfter = time.Duration(min(s, 3600)) * time.Second
-		}
+	if req.Body != nil {
+		rec.sending.Add(1)
+		req.Body = &sentBody{ReadCloser: req.Body, closed: sync.OnceFunc(rec.sending.Done)}
 	}
-	return resp, err
+	resp, err := r.next.RoundTrip(req)
+	rec.err, rec.answered = err, resp != nil
+	if resp == nil {
+		return nil, err
+	}
+	contentType := resp.Header.Get("Content-Type")
+	rec.page = resp.StatusCode >= 400 && req.Method != http.MethodHead &&
+		strings.HasPrefix(contentType, "text/") && !strings.Contains(contentType, "xml")
+	rec.date, _ = http.ParseTime(resp.Header.Get("Date")) // zero where there is none
+	if s, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && s > 0 {
+		rec.retryAfter = time.Duration(min(s, 3600)) * time.Second
+	}
+	return resp, nil
+}
+
+// sentBody says when the transport is done with it.
+type sentBody struct {
+	io.ReadCloser
+	closed func()
+}
+
+func (b *sentBody) Close() error {
+	defer b.closed()
+	return b.ReadCloser.Close()
 }
