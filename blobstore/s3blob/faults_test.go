@@ -56,7 +56,7 @@ func newGateway(t *testing.T) (*gateway, Options) {
 		transport.CloseIdleConnections()
 	})
 	o := optionsFor(b)
-	o.Endpoint, o.PartSize, o.Attempts, o.StallTimeout = server.URL, minPart, 3, 10*time.Second
+	o.Endpoint, o.PartSize, o.Attempts, o.StallTimeout = server.URL, minPart, 4, 5*time.Second
 	return g, o
 }
 
@@ -151,7 +151,7 @@ func content(size int) io.Reader { return struct{ io.Reader }{bytes.NewReader(no
 
 const (
 	small = 1000
-	large = 3*minPart + 1000
+	large = 2*minPart + 1000
 )
 
 func has(t *testing.T, s *Store, key string, size int) {
@@ -181,8 +181,9 @@ func hasNot(t *testing.T, s *Store, key string) {
 // by one that stays.
 func TestFaultsThatPass(t *testing.T) {
 	g, o := newGateway(t)
-	o.StallTimeout = time.Second
 	s := open(t, o)
+	o.StallTimeout, o.Attempts = time.Second, 2
+	hasty := open(t, o)
 	half := func(r *http.Request) { _, _ = io.CopyN(io.Discard, r.Body, r.ContentLength/2) }
 	for _, f := range []struct {
 		name, of string
@@ -194,9 +195,9 @@ func TestFaultsThatPass(t *testing.T) {
 		{"SlowDown when it begins", "CreateMultipartUpload", large, func(w http.ResponseWriter, _ *http.Request) { refuse(w, 503, "SlowDown") }, ErrThrottled},
 		{"SlowDown for parts", "UploadPart", large, func(w http.ResponseWriter, _ *http.Request) { refuse(w, 503, "SlowDown") }, ErrThrottled},
 		{"SlowDown at the end", "CompleteMultipartUpload", large, func(w http.ResponseWriter, _ *http.Request) { refuse(w, 503, "SlowDown") }, ErrThrottled},
-		{"a status alone", "PutObject", small, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(429) }, ErrThrottled},
+		{"a status alone", "PutObject", small, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTooManyRequests) }, ErrThrottled},
 		{"an error of the server", "UploadPart", large, func(w http.ResponseWriter, _ *http.Request) { refuse(w, 500, "InternalError") }, nil},
-		{"a proxy's error page", "PutObject", small, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "<html>", 502) }, nil},
+		{"a proxy's error page", "PutObject", small, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "<html>", http.StatusBadGateway) }, nil},
 		{"an error inside a 200", "CompleteMultipartUpload", large, func(w http.ResponseWriter, _ *http.Request) { refuse(w, 200, "InternalError") }, nil},
 		{"a 200 cut short", "CompleteMultipartUpload", large, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "1000")
@@ -216,7 +217,7 @@ func TestFaultsThatPass(t *testing.T) {
 	} {
 		t.Run(f.name, func(t *testing.T) {
 			g.inject(f.of, func(w http.ResponseWriter, r *http.Request, _ int) bool { f.fault(w, r); return true })
-			_, err := s.Put(t.Context(), "k", content(f.size), blobstore.PutOptions{})
+			_, err := hasty.Put(t.Context(), "k", content(f.size), blobstore.PutOptions{})
 			if err == nil || f.want != nil && !errors.Is(err, f.want) {
 				t.Fatalf("while it lasts: error %v, want %v", err, f.want)
 			}
@@ -688,7 +689,7 @@ func TestNetwork(t *testing.T) {
 		time.AfterFunc(300*time.Millisecond, func() { proxy.Restore(t) })
 	}))
 
-	o.Attempts, o.StallTimeout = 2, 500*time.Millisecond
+	o.Attempts, o.StallTimeout = 2, 2*time.Second
 	hasty := open(t, o)
 	remove = proxy.Add(t, "timeout", testenv.ToServer, map[string]any{"timeout": 0})
 	if _, err := hasty.Put(t.Context(), "stalled", content(large), blobstore.PutOptions{}); !errors.Is(err, ErrUnreachable) {

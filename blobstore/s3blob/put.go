@@ -20,35 +20,59 @@ import (
 	"github.com/solstice-ci/solstice-go/blobstore"
 )
 
-// buffers hold content on its way, in three sizes. Content that just fits into
-// one of the smaller ones leaves a byte free, which shows that it has ended.
-type buffers struct {
-	sizes [3]int
-	pools [3]sync.Pool
+// pools of the smaller buffers, which most objects fit into with a byte to spare
+// that shows that they have ended.
+type pools [2]struct {
+	size int
+	sync.Pool
 }
 
-func newBuffers(part int64) *buffers {
-	b := &buffers{sizes: [3]int{64<<10 + 1, 1<<20 + 1, int(part)}}
-	for i := range b.pools {
-		b.pools[i].New = func() any { p := make([]byte, b.sizes[i]); return &p }
+func newPools() *pools {
+	p := &pools{}
+	for i, size := range []int{64<<10 + 1, 1<<20 + 1} {
+		p[i].size = size
+		p[i].New = func() any { b := make([]byte, size); return &b }
 	}
-	return b
+	return p
 }
 
-// get returns a buffer of at least n bytes, or of the largest size.
+// buffers are those of one Put. The ones for parts go with it: they are too
+// large to be kept for the next.
+type buffers struct {
+	*pools
+	part int
+	mu   sync.Mutex
+	free []*[]byte // for parts
+}
+
+// get returns a buffer of at least n bytes, or for a part.
 func (b *buffers) get(n int) *[]byte {
-	for i, size := range b.sizes {
-		if size >= n {
+	for i := range b.pools {
+		if b.pools[i].size >= n {
 			return b.pools[i].Get().(*[]byte)
 		}
 	}
-	return b.pools[len(b.pools)-1].Get().(*[]byte)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if last := len(b.free) - 1; last >= 0 {
+		p := b.free[last]
+		b.free = b.free[:last]
+		return p
+	}
+	p := make([]byte, b.part)
+	return &p
 }
 
 func (b *buffers) put(p *[]byte) {
-	if i := slices.Index(b.sizes[:], len(*p)); i >= 0 {
-		b.pools[i].Put(p)
+	for i := range b.pools {
+		if b.pools[i].size == len(*p) {
+			b.pools[i].Put(p)
+			return
+		}
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.free = append(b.free, p)
 }
 
 // source reads what is to be stored, and checks it.
@@ -116,10 +140,7 @@ func (s *Store) Put(ctx context.Context, key string, r io.Reader, o blobstore.Pu
 }
 
 func (c *call) put(src *source) (blobstore.Info, error) {
-	pool := c.s.buffers
-	if need := (src.o.Size + maxParts - 1) / maxParts; need > c.s.o.PartSize {
-		pool = newBuffers(need)
-	}
+	pool := &buffers{pools: c.s.pools, part: int(max(c.s.o.PartSize, (src.o.Size+maxParts-1)/maxParts))}
 	hint := int(min(src.o.Size+1, c.s.o.PartSize))
 	if l, ok := src.r.(interface{ Len() int }); ok && src.o.Size == 0 {
 		hint = l.Len() + 1
@@ -127,7 +148,7 @@ func (c *call) put(src *source) (blobstore.Info, error) {
 	// A buffer that turns out too small is exchanged for the next larger one.
 	buf := pool.get(hint)
 	n, err := src.fill(*buf)
-	for part := pool.sizes[2]; err == nil && !src.done && len(*buf) < part; {
+	for err == nil && !src.done && len(*buf) < pool.part {
 		larger := pool.get(len(*buf) + 1)
 		copy(*larger, (*buf)[:n])
 		pool.put(buf)

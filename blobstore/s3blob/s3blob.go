@@ -82,11 +82,11 @@ type Options struct {
 	// Attempts is how often a request is sent at most. Default 5.
 	Attempts int
 	// PartSize is the size of a multipart upload's parts, in bytes, at least
-	// 5 MiB. Default 16 MiB. An object has at most 10,000 parts; where
+	// 5 MiB. Default 8 MiB. An object has at most 10,000 parts; where
 	// PutOptions.Size asks for it, they are larger.
 	PartSize int64
-	// Parallel is how many parts of a Put travel at once. It holds one more in
-	// memory. Default 4.
+	// Parallel is how many parts of a Put travel at once. The Put holds one
+	// more in memory. Default 3.
 	Parallel int
 	// VerifyReads checks what Get read from beginning to end against the SHA-256
 	// that Put kept with the object; a mismatch wraps blobstore.ErrChecksum. Of
@@ -142,8 +142,8 @@ func (o *Options) fill() error {
 	orDefault(&o.ConnectTimeout, 5*time.Second)
 	orDefault(&o.StallTimeout, 30*time.Second)
 	orDefault(&o.Attempts, 5)
-	orDefault(&o.PartSize, 16<<20)
-	orDefault(&o.Parallel, 4)
+	orDefault(&o.PartSize, 8<<20)
+	orDefault(&o.Parallel, 3)
 	if o.PartSize < minPart || o.Attempts < 0 || o.Parallel < 0 || o.ConnectTimeout < 0 || o.StallTimeout < 0 {
 		return invalid("a part size below 5 MiB, or something negative")
 	}
@@ -168,7 +168,7 @@ type Store struct {
 	transport *http.Transport
 	creds     *credentialsCache
 	telemetry *telemetry
-	buffers   *buffers
+	pools     *pools
 
 	mu     sync.Mutex
 	closed bool
@@ -190,7 +190,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 	if err := o.fill(); err != nil {
 		return nil, err
 	}
-	s := &Store{o: o, creds: newCredentialsCache(o), buffers: newBuffers(o.PartSize)}
+	s := &Store{o: o, creds: newCredentialsCache(o), pools: newPools()}
 	var err error
 	if s.telemetry, err = newTelemetry(o); err != nil {
 		return nil, fmt.Errorf("s3blob: metrics: %w", err)

@@ -39,6 +39,36 @@ func keys(t *testing.T, blobs blobstore.Store) (keys []string) {
 	return keys
 }
 
+// TestCompactInBucket: into an object of several parts.
+func TestCompactInBucket(t *testing.T) {
+	blobs := bucket(t)
+	s := open(t, blobs, &MemIndex{}, Options{Linger: -1, NoCompaction: true})
+	text := make([]byte, 10<<20) // and does not become smaller
+	_, _ = rand.NewChaCha8([32]byte{3}).Read(text)
+	for off := 0; off < len(text); off += logstream.MaxAppendBytes {
+		write(t, s, "s", int64(off), string(text[off:min(off+logstream.MaxAppendBytes, len(text))]))
+	}
+	if err := s.Seal(t.Context(), "s", logstream.SealOptions{Epoch: 1, Size: int64(len(text))}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Compact(t.Context(), "s"); err != nil {
+		t.Fatal(err)
+	}
+	if left := keys(t, blobs); len(left) != 1 {
+		t.Fatalf("left: %q", left)
+	}
+	var got bytes.Buffer
+	for c, err := range s.Tail(t.Context(), "s", 0) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got.Write(c.Data)
+	}
+	if !bytes.Equal(got.Bytes(), text) {
+		t.Fatalf("%d bytes of %d, or others", got.Len(), len(text))
+	}
+}
+
 // A reader in the middle of the chunks goes on when they are replaced, the
 // result is one object that plain zstd reads, and smaller than the log.
 func TestCompactUnderReader(t *testing.T) {
