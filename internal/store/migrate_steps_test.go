@@ -94,11 +94,15 @@ func describe(t *testing.T, db *bun.DB) string {
 	return b.String() + strings.Join(column[string](t, db, indexes), "\n")
 }
 
-// content is a digest of what these columns hold, by table.
+// content is a digest of what these columns hold, by table, but for who is there,
+// which is said again within seconds.
 func content(t *testing.T, db *bun.DB, of map[string][]string) map[string]string {
 	t.Helper()
 	out := map[string]string{}
 	for table, cols := range of {
+		if table == "orchestrators" {
+			continue
+		}
 		var texts []string
 		for _, c := range cols {
 			name, _, _ := strings.Cut(c, " ")
@@ -174,6 +178,7 @@ func fillSome(t *testing.T, db *bun.DB) {
 		&Attempt{ID: "t", JobID: "j", RunID: "r", State: AttemptFinished, LogStream: "s"},
 		&Step{AttemptID: "t", Name: "s", Outputs: []byte(`{"a":"b"}`)},
 		&Machine{ID: "m", Host: "h", Pool: "p", State: MachineGone, TokenHash: "th", GoneAt: 7},
+		&Orchestrator{ID: "o", Pools: []byte("[]"), Contacts: []byte("[]")},
 		&OutboxMessage{Key: "k", Topic: "t", ContentType: "c", Body: []byte("\x00\xff body"), Attributes: []byte("{}")},
 	} {
 		if _, err := db.NewInsert().Model(row).Exec(t.Context()); err != nil {
@@ -181,7 +186,7 @@ func fillSome(t *testing.T, db *bun.DB) {
 		}
 	}
 	for _, q := range []string{
-		"INSERT INTO capacity VALUES ('h')", "INSERT INTO leases VALUES ('n', 'o', 1)", "INSERT INTO orchestrators VALUES ('o', 'a', '[]', 1, 2, 3)",
+		"INSERT INTO capacity VALUES ('h')", "INSERT INTO leases VALUES ('n', 'o', 1)",
 		"INSERT INTO log_streams VALUES ('s', 1, 2, true, 'h')", "INSERT INTO log_entries VALUES ('s', 0, 1, 2, 'k', 'h', false)",
 		"INSERT INTO tokens VALUES ('i', 'n', 'h', 'read', 1, 2, 3)",
 	} {
