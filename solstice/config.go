@@ -88,6 +88,8 @@ type Config struct {
 	DrainTimeout time.Duration
 	// Timing of leases and deadlines; the zero value is right outside tests.
 	Timing Timing
+	// Space is the room on disk that is needed to take on work.
+	Space Space
 	// Retention says how long runs, logs and what else piles up is kept.
 	Retention Retention
 	// StatusPrefix begins the key of every commit status; empty: "solstice".
@@ -210,6 +212,9 @@ func (c *Config) fill() error {
 	orDefault(&c.CancelGrace, 10*time.Second)
 	orDefault(&c.StatusPrefix, "solstice")
 	orDefault(&c.protocols, protocolsSpoken)
+	if c.Space.MinFree < 0 {
+		errs = append(errs, errors.New("solstice: Config.Space.MinFree is negative"))
+	}
 	c.Timing.fill()
 	if err := c.Retention.fill(); err != nil {
 		errs = append(errs, err)

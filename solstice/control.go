@@ -91,8 +91,11 @@ type RerunOptions struct {
 }
 
 // Rerun makes a new run of a terminal one: the same commit and plan. A run that
-// is not over, or that never had a plan, wraps ErrOver.
+// is not over, or that never had a plan, wraps ErrOver; a full disk ErrNoSpace.
 func (e *Engine) Rerun(ctx context.Context, runID string, o RerunOptions) (Run, error) {
+	if err := e.space.err(); err != nil {
+		return Run{}, err
+	}
 	old, err := e.store.Run(ctx, runID)
 	if err != nil {
 		return Run{}, e.publicError("run "+runID, err)
@@ -161,7 +164,7 @@ func (e *Engine) Rerun(ctx context.Context, runID string, o RerunOptions) (Run, 
 		return Run{}, e.publicError("run "+runID, err)
 	}
 	if err != nil {
-		return Run{}, fmt.Errorf("solstice: accept rerun: %w", err)
+		return Run{}, e.noted(fmt.Errorf("solstice: accept rerun: %w", err))
 	}
 	e.changed(store.Change{Run: run, Jobs: jobs, Labels: queuedLabels(jobs)})
 	return publicRun(run, jobs), nil

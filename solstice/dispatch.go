@@ -127,6 +127,9 @@ func (p *pool) deferWarm() {
 // got.
 func (p *pool) claim(ctx context.Context) (int, error) {
 	e := p.e
+	if why, _ := e.space.state(); why != "" {
+		return 0, nil // a kick says when it is over
+	}
 	free := e.slotsLeft()
 	warm := 0
 	if p.Warm > 0 && p.warmDue() {
@@ -169,7 +172,7 @@ func (p *pool) claim(ctx context.Context) (int, error) {
 	}
 	p.mu.Unlock()
 	if err != nil {
-		return 0, err
+		return 0, e.noted(err)
 	}
 	for _, c := range claimed {
 		if c.Attempt != nil {

@@ -495,6 +495,6 @@ func (e *Engine) rpcError(ctx context.Context, what string, err error) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		return status.Error(codes.DeadlineExceeded, "deadline exceeded")
 	}
-	e.log.WarnContext(ctx, "agent call failed", "call", what, "error", err)
+	e.log.WarnContext(ctx, "agent call failed", "call", what, "error", e.noted(err))
 	return status.Error(codes.Unavailable, "not possible now, try again")
 }

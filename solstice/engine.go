@@ -45,6 +45,7 @@ type Engine struct {
 	tracer  trace.Tracer
 	metrics *metrics
 	hub     *hub
+	space   *space
 	pools   []*pool
 
 	relayKick flag
@@ -76,8 +77,10 @@ func New(cfg Config) (*Engine, error) {
 		cfg: cfg, id: newID(), log: cfg.Logger, tracer: cfg.TracerProvider.Tracer("github.com/solstice-ci/solstice-go/solstice"),
 		hub: newHub(), relayKick: newFlag(), sessions: map[string]*session{}, slots: map[string]struct{}{}, slotFree: make(chan struct{}),
 	}
+	e.space = newSpace(cfg.Space, 2*e.renewal()+time.Second)
+	e.lookSpace(context.Background())
 	var err error
-	if e.metrics, err = newMetrics(cfg.MeterProvider); err != nil {
+	if e.metrics, err = newMetrics(cfg.MeterProvider, e.space); err != nil {
 		return nil, fmt.Errorf("solstice: metrics: %w", err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
@@ -158,6 +161,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	for _, c := range consumers {
 		start(c)
 	}
+	start(e.spaceLoop)
 	start(e.renewLoop)
 	start(e.reapLoop)
 	start(e.collectLoop)

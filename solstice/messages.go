@@ -153,7 +153,7 @@ func (e *Engine) relayLoop(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case err != nil:
-			e.log.WarnContext(ctx, "outbox not relayed", "error", err)
+			e.log.WarnContext(ctx, "outbox not relayed", "error", e.noted(err))
 			sleep(ctx, retry.NextBackOff())
 			continue
 		case n > 0: // there may be more
@@ -231,7 +231,7 @@ func (e *Engine) consumers() ([]func(context.Context), error) {
 		return nil, fmt.Errorf("solstice: subscribe to %s: %w", messages.TopicWake, err)
 	}
 	loops := []func(context.Context){func(ctx context.Context) { e.wakeLoop(ctx, wakes) }}
-	consume := func(topic string, concurrency int, handle func(context.Context, queue.Message) error) {
+	consume := func(topic string, concurrency int, handle func(context.Context, queue.Message) error, gate func(context.Context, func(context.Context))) {
 		c := &queue.Consumer{
 			Queue: e.cfg.Queue, Topic: topic, Group: messages.Group, Concurrency: concurrency, Handler: handle,
 			Logger: e.log, TracerProvider: e.cfg.TracerProvider, MeterProvider: e.cfg.MeterProvider,
@@ -239,8 +239,14 @@ func (e *Engine) consumers() ([]func(context.Context), error) {
 		loops = append(loops, func(ctx context.Context) {
 			retry := backoff.NewExponentialBackOff()
 			for ctx.Err() == nil {
-				if err := c.Run(ctx); err != nil && ctx.Err() == nil {
-					e.log.ErrorContext(ctx, "consumer ended, starting it again", "topic", topic, "error", err)
+				began := time.Now()
+				gate(ctx, func(ctx context.Context) {
+					if err := c.Run(ctx); err != nil && ctx.Err() == nil {
+						e.log.ErrorContext(ctx, "consumer ended, starting it again", "topic", topic, "error", err)
+					}
+				})
+				if time.Since(began) > time.Minute {
+					retry.Reset()
 				}
 				select {
 				case <-ctx.Done():
@@ -250,13 +256,15 @@ func (e *Engine) consumers() ([]func(context.Context), error) {
 		})
 	}
 	if len(e.cfg.Forges) > 0 {
-		consume(messages.TopicRunRequest, 4, messages.Handler(e.handleRunRequest))
+		consume(messages.TopicRunRequest, 4, messages.Handler(e.handleRunRequest), e.withRoom)
 	}
 	for name := range e.cfg.Forges {
-		consume(messages.StatusTopic(name), 4, messages.Handler(e.handleStatus))
+		consume(messages.StatusTopic(name), 4, messages.Handler(e.handleStatus), always)
 	}
 	return loops, nil
 }
+
+func always(ctx context.Context, f func(context.Context)) { f(ctx) }
 
 // wakeLoop hears wake-ups, and subscribes anew when the queue had failed.
 func (e *Engine) wakeLoop(ctx context.Context, sub queue.Subscription) {
@@ -311,6 +319,8 @@ func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message, r RunReq
 	}
 	_, err := e.Submit(ctx, r)
 	switch {
+	case errors.Is(err, ErrNoSpace): // another engine may have room
+		return queue.RetryAfter(5*time.Second, err)
 	case errors.Is(err, ErrInvalid), errors.Is(err, forge.ErrNotFound), errors.Is(err, forge.ErrInvalid):
 		return queue.Discard(err)
 	case errors.Is(err, ErrNoWorkflow):

@@ -21,16 +21,32 @@ type metrics struct {
 	removed metric.Int64Counter
 }
 
-func newMetrics(p metric.MeterProvider) (*metrics, error) {
+func newMetrics(p metric.MeterProvider, s *space) (*metrics, error) {
 	m := p.Meter("github.com/solstice-ci/solstice-go/solstice")
 	var out metrics
-	var errs [6]error
+	var errs [8]error
 	out.jobs, errs[0] = m.Int64Counter("solstice.jobs", metric.WithDescription("jobs that reached a terminal state, by state"))
 	out.queued, errs[1] = m.Float64Histogram("solstice.job.queued", metric.WithUnit("s"), metric.WithDescription("time from queued to running"))
 	out.ran, errs[2] = m.Float64Histogram("solstice.job.duration", metric.WithUnit("s"), metric.WithDescription("time from running to the terminal state"))
 	out.lost, errs[3] = m.Int64Counter("solstice.attempts.lost", metric.WithDescription("attempts given up, by failure class"))
 	out.breaker, errs[4] = m.Int64Counter("solstice.reaper.breaker", metric.WithDescription("sweeps in which too many agents seemed dead at once"))
 	out.removed, errs[5] = m.Int64Counter("solstice.retention.removed", metric.WithDescription("what retention removed, by kind"))
+	_, errs[6] = m.Int64ObservableGauge("solstice.disk.free", metric.WithUnit("By"), metric.WithDescription("free bytes, by directory of Config.Space"),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			for dir, n := range s.measured() {
+				o.Observe(n, metric.WithAttributes(attribute.String("dir", dir)))
+			}
+			return nil
+		}))
+	_, errs[7] = m.Int64ObservableGauge("solstice.intake.stopped", metric.WithDescription("1 while no runs are accepted and no jobs begun for want of room on disk"),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			stopped := int64(0)
+			if s.err() != nil {
+				stopped = 1
+			}
+			o.Observe(stopped)
+			return nil
+		}))
 	return &out, errors.Join(errs[:]...)
 }
 

@@ -39,6 +39,9 @@ func (e *Engine) beat(ctx context.Context) {
 	o := store.Orchestrator{
 		ID: e.id, Addr: e.cfg.PeerAddr, Contacts: encode(e.contacts), Pools: encode(offers), Slots: e.cfg.MaxConcurrency,
 	}
+	if e.space.err() != nil {
+		o.Slots = 0
+	}
 	if err := e.store.Beat(ctx, o, e.cfg.Timing.Lease); err != nil {
 		if ctx.Err() == nil {
 			e.log.WarnContext(ctx, "presence not recorded", "error", err)
@@ -246,7 +249,8 @@ var ErrNotReady = errors.New("solstice: not ready")
 const probe = "probe/none"
 
 // Ready reports what keeps this engine from its work: it does not run or
-// drains, or database, queue or blob store do not answer. The error wraps
+// drains, has no room on disk, or database, queue or blob store do not answer.
+// The error wraps
 // ErrNotReady and names everything that is away. It costs a broadcast message,
 // so ask every few seconds at most.
 func (e *Engine) Ready(ctx context.Context) error {
@@ -265,6 +269,7 @@ func (e *Engine) Ready(ctx context.Context) error {
 	case !serving:
 		failed("engine", errors.New("it does not run"))
 	}
+	failed("disk", e.space.err())
 	_, err := e.store.Orchestrators(ctx)
 	failed("database", err)
 	failed("queue", e.publishWake(ctx, nil)) // which wakes nobody

@@ -34,7 +34,7 @@ func (e *Engine) renewLoop(ctx context.Context) {
 		still, _, err := e.store.Renew(ctx, e.id, e.cfg.Timing.Lease, attempts, machines)
 		if err != nil {
 			if ctx.Err() == nil {
-				e.log.WarnContext(ctx, "leases not renewed", "error", err)
+				e.log.WarnContext(ctx, "leases not renewed", "error", e.noted(err))
 			}
 			continue
 		}
@@ -86,7 +86,7 @@ func (e *Engine) reapLoop(ctx context.Context) {
 			if ctx.Err() != nil {
 				return
 			}
-			e.log.WarnContext(ctx, "sweep failed", "error", err)
+			e.log.WarnContext(ctx, "sweep failed", "error", e.noted(err))
 		}
 		select {
 		case <-ctx.Done():

@@ -43,7 +43,7 @@ type RunRequest = messages.RunRequest
 // when it returns, they are durable. A workflow file with errors becomes a run
 // in state errored that carries the diagnostics. No run at all means that no
 // workflow is concerned by the event. Errors wrap ErrNoWorkflow, ErrInvalid,
-// or what the forge reported; nothing was accepted then.
+// ErrNoSpace, or what the forge reported; nothing was accepted then.
 func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err error) {
 	ctx, span := e.tracer.Start(ctx, "run.submit", trace.WithAttributes(attribute.String("forge", r.Forge), attribute.String("repo", r.Repo.FullName())))
 	defer func() {
@@ -52,6 +52,9 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 		}
 		span.End()
 	}()
+	if err := e.space.err(); err != nil {
+		return nil, err
+	}
 	f, err := e.forgeOf(&r)
 	if err != nil {
 		return nil, err
@@ -104,7 +107,7 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 		found = true
 		run, err := e.accept(ctx, r, w, diags)
 		if err != nil {
-			return runs, err
+			return runs, e.noted(err)
 		}
 		runs = append(runs, run)
 	}

@@ -56,6 +56,7 @@ type flags struct {
 	MachinesDir    string         `group:"Pools" env:"MACHINES_DIR" placeholder:"DIR" help:"Directory of the process pools' machines; orchestrators on one computer may share it, and with it its capacity. Default: machines in the state directory."`
 	PoolEnv        []string       `group:"Pools" env:"POOL_ENV" placeholder:"NAME" help:"Pass this variable on to the steps of the process pools, or with a * at the end all that begin so."`
 	RepoRoot       string         `group:"Pools" env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of the repositories on this machine that may be run (${default})."`
+	MinFreeMB      int            `group:"State" name:"min-free-mb" env:"MIN_FREE_MB" default:"256" help:"Room in MiB on the disks of the state directory, a SQLite file, the blobs and the machines, below which no runs are accepted and no jobs begun until there is more."`
 	DrainTimeout   time.Duration  `group:"State" env:"DRAIN_TIMEOUT" default:"30s" help:"How long SIGTERM waits for jobs under way, which then go on without this process."`
 }
 
@@ -139,6 +140,9 @@ func (f *flags) run(ctx context.Context) (err error) {
 	cfg := solstice.Config{
 		DB: db, Logger: log, MaxConcurrency: f.MaxConcurrency, DrainTimeout: f.DrainTimeout, AgentTLS: tls.agents,
 		Retention: f.retention.rules(),
+	}
+	if cfg.Space, err = f.space(dir); err != nil {
+		return err
 	}
 	if f.PeerAddr != "" {
 		proof, err := f.Peers.TLS(f.GRPC)
@@ -272,6 +276,24 @@ func (f *flags) parts(ctx context.Context, db *bun.DB, dir string, cfg *solstice
 	cfg.Forges = map[string]forge.Forge{"local": repos}
 
 	return f.pools(dir, cfg, open)
+}
+
+// space is the room that is needed on each disk that this process writes to.
+func (f *flags) space(dir string) (solstice.Space, error) {
+	if f.MinFreeMB < 1 {
+		return solstice.Space{}, usage("--min-free-mb is not positive", "correct it")
+	}
+	database, err := f.Database.Dir(dir)
+	if err != nil {
+		return solstice.Space{}, err
+	}
+	s := solstice.Space{Dirs: []string{dir}, MinFree: int64(f.MinFreeMB) << 20}
+	for _, other := range []string{database, f.BlobFSRoot, f.MachinesDir} {
+		if other != "" && !slices.Contains(s.Dirs, other) {
+			s.Dirs = append(s.Dirs, other)
+		}
+	}
+	return s, nil
 }
 
 // pools makes the pools and what their machines are: a process each, or a part

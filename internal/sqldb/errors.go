@@ -56,6 +56,7 @@ const (
 	pgSerialization      = "40001"
 	pgDeadlock           = "40P01"
 	pgInvalidCatalog     = "3D000"
+	pgDiskFull           = "53100"
 	pgTooManyConnections = "53300"
 	pgCannotConnectNow   = "57P03"
 	pgClassAuth          = "28"
@@ -73,6 +74,19 @@ func IsUnique(err error) bool {
 	}
 	if se, ok := errors.AsType[*sqlite.Error](err); ok {
 		return se.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE || se.Code() == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY
+	}
+	return false
+}
+
+// IsFull reports whether err says that the database's disk is full: nothing was
+// written, or it is not known (ErrCommitUnknown).
+func IsFull(err error) bool {
+	if pe, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return pe.Code == pgDiskFull
+	}
+	if se, ok := errors.AsType[*sqlite.Error](err); ok {
+		// Growing the index of the WAL has a code of its own.
+		return se.Code()&0xff == sqlite3.SQLITE_FULL || se.Code() == sqlite3.SQLITE_IOERR_SHMSIZE
 	}
 	return false
 }

@@ -52,6 +52,10 @@ func (s *Server) code(ctx context.Context, method string, err error) error {
 	if _, ok := errors.AsType[*logstream.OffsetError](err); ok {
 		return status.Error(codes.InvalidArgument, "the offset is beyond the end of the log")
 	}
+	if errors.Is(err, solstice.ErrNoSpace) {
+		s.log.WarnContext(ctx, "call failed", "rpc.method", method, "error", err)
+		return status.Error(codes.ResourceExhausted, "no runs are accepted now: the orchestrator's disk is full; try again later")
+	}
 	for _, k := range said {
 		if errors.Is(err, k.is) {
 			return status.Error(k.code, strings.TrimPrefix(err.Error(), "solstice: "))

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/uptrace/bun"
@@ -36,18 +37,12 @@ type Database struct {
 // Open connects, and returns once the database answered. Without a URL it is
 // SQLite, in the file solstice.db of stateDir. A nil log discards.
 func (d Database) Open(ctx context.Context, stateDir string, log *slog.Logger) (*bun.DB, error) {
-	if d.DBPoolMaxSize < 1 || d.DBPoolTimeoutMS < 1 || d.DBStatementTimeoutMS < 0 {
-		return nil, usage("the sizes and timeouts of the database must be positive", "correct --db-pool-max-size, --db-pool-timeout-ms or --db-statement-timeout-ms")
-	}
-	url, err := daemon.Secret("database-url", d.DatabaseURL, d.DatabaseURLFile)
+	url, err := d.url(stateDir)
 	if err != nil {
 		return nil, err
 	}
-	if url == "" {
-		if stateDir == "" {
-			return nil, usage("there is neither a database nor a state directory for one", "give --database-url or --state-dir")
-		}
-		url = "sqlite:" + filepath.Join(stateDir, "solstice.db")
+	if d.DBPoolMaxSize < 1 || d.DBPoolTimeoutMS < 1 || d.DBStatementTimeoutMS < 0 {
+		return nil, usage("the sizes and timeouts of the database must be positive", "correct --db-pool-max-size, --db-pool-timeout-ms or --db-statement-timeout-ms")
 	}
 	db, err := sqldb.Open(ctx, url, sqldb.Options{
 		MaxConns:         d.DBPoolMaxSize,
@@ -60,6 +55,32 @@ func (d Database) Open(ctx context.Context, stateDir string, log *slog.Logger) (
 		return nil, &daemon.Problem{What: "cannot open the database", Err: err, Advice: databaseAdvice(err)}
 	}
 	return db, nil
+}
+
+func (d Database) url(stateDir string) (string, error) {
+	url, err := daemon.Secret("database-url", d.DatabaseURL, d.DatabaseURLFile)
+	switch {
+	case err != nil:
+		return "", err
+	case url != "":
+		return url, nil
+	case stateDir == "":
+		return "", usage("there is neither a database nor a state directory for one", "give --database-url or --state-dir")
+	}
+	return "sqlite:" + filepath.Join(stateDir, "solstice.db"), nil
+}
+
+// Dir is the directory of a SQLite file; empty where the database is elsewhere.
+func (d Database) Dir(stateDir string) (string, error) {
+	url, err := d.url(stateDir)
+	if err != nil {
+		return "", err
+	}
+	file, ok := strings.CutPrefix(url, "sqlite:")
+	if !ok || file == ":memory:" {
+		return "", nil
+	}
+	return filepath.Dir(file), nil
 }
 
 func databaseAdvice(err error) string {
