@@ -94,7 +94,7 @@ type Status struct {
 // Wake says that there may be work for labels.
 type Wake struct {
 	From string `json:"from"` // the orchestrator; it ignores its own
-	// Labels are those that jobs ask for with runs-on; none: nothing to look for.
+	// Labels are those that jobs ask for with runs-on; none: From is there.
 	Labels []string `json:"labels,omitempty"`
 }
 
