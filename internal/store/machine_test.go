@@ -165,14 +165,6 @@ func TestIdleStuckAndLeases(t *testing.T) {
 		if len(os) != 1 || os[0].ID != "b" || os[0].Addr != "h:3" {
 			t.Errorf("orchestrators: %v", os)
 		}
-		known := func() (n int) {
-			must(t, r.db.NewRaw("SELECT count(*) FROM orchestrators").Scan(ctx, &n))
-			return n
-		}
-		eq(t, "known", known(), 2)
-		r.pass(2 * time.Hour)
-		must(t, r.Beat(ctx, store.Orchestrator{ID: "b", Addr: "h:3"}, 30*time.Second))
-		eq(t, "known, one forgotten", known(), 1)
 		must(t, r.Leave(ctx, "b"))
 		os, err = r.Orchestrators(ctx)
 		must(t, err)

@@ -21,10 +21,6 @@ type Orchestrator struct {
 	LeaseUntil int64 // gone unless it says more by then
 }
 
-// forgetOrchestrator is how long after its lease one is still known that said
-// nothing more.
-const forgetOrchestrator = time.Hour
-
 // Beat records that an orchestrator is there, and will be for a lease.
 func (s *Store) Beat(ctx context.Context, o Orchestrator, lease time.Duration) error {
 	return s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
@@ -32,11 +28,6 @@ func (s *Store) Beat(ctx context.Context, o Orchestrator, lease time.Duration) e
 		_, err := tx.NewInsert().Model(&o).On("CONFLICT (id) DO UPDATE").
 			Set("addr = excluded.addr, contacts = excluded.contacts, pools = excluded.pools, slots = excluded.slots").
 			Set("seen_at = excluded.seen_at, lease_until = excluded.lease_until").Exec(ctx)
-		if err != nil {
-			return err
-		}
-		// Those that were killed do not leave.
-		_, err = tx.NewDelete().Model((*Orchestrator)(nil)).Where("lease_until < ?", now-micros(forgetOrchestrator)).Exec(ctx)
 		return err
 	})
 }
