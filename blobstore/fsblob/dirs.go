@@ -138,13 +138,13 @@ func (h *dirHandle) sync() error {
 	return h.store.sync(h.f)
 }
 
-// prune removes the directories above a removed path that are empty now, and
-// makes all of it durable.
+// prune removes the directories above a path that is not there which are empty
+// now, and makes all of it durable.
 func (c *dirCache) prune(path string) error {
 	dir := parent(path)
 	for ; dir != "."; dir = parent(dir) {
-		if c.store.root.Remove(dir) != nil {
-			break // not empty, or somebody was faster
+		if err := c.store.root.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			break // not empty
 		}
 		c.drop(dir)
 	}

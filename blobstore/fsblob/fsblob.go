@@ -178,6 +178,9 @@ func (s *Store) Put(ctx context.Context, key string, r io.Reader, o blobstore.Pu
 	info, err := s.writeTemp(ctx, tmp, r, o)
 	if err == nil {
 		err = s.publish(ctx, tmp, path, o.IfAbsent)
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			_ = s.dirs.prune(path) // what was made on the way; the error to report is the first
+		}
 	}
 	if err != nil {
 		_ = s.root.Remove(tmp) // what a crash leaves, Open removes
