@@ -265,6 +265,34 @@ func TestOptions(t *testing.T) {
 	}
 }
 
+// TestAddressing: where requests and presigned URLs go.
+func TestAddressing(t *testing.T) {
+	for want, o := range map[string]Options{
+		"https://bucket.s3.dualstack.eu-central-1.amazonaws.com/p/k%21?": {Region: "eu-central-1", Prefix: "/p/"},
+		"http://127.0.0.1:9000/bucket/k%21?":                             {Endpoint: "http://127.0.0.1:9000"},
+		"https://s3.example.com/bucket/k%21?":                            {Endpoint: "s3.example.com"},
+		"https://bucket.s3.example.com/k%21?":                            {Endpoint: "https://s3.example.com/", VirtualHost: true},
+		"https://outside.example.com/bucket/k%21?":                       {Endpoint: "http://10.0.0.1:9000", PresignEndpoint: "https://outside.example.com"},
+	} {
+		o.Bucket, o.AccessKey, o.SecretKey = "bucket", "key", "secret"
+		if err := o.fill(); err != nil {
+			t.Fatal(err)
+		}
+		s := &Store{o: o, creds: newCredentialsCache(o)}
+		if err := s.creds.ensure(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		client, err := s.client(o.PresignEndpoint)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u, err := client.Presign(t.Context(), http.MethodGet, o.Bucket, s.name("k"), time.Hour, nil)
+		if err != nil || !strings.HasPrefix(u.String(), want) {
+			t.Errorf("%v, %v, want %s…", u, err, want)
+		}
+	}
+}
+
 // TestTelemetry: what the package's comment names, and no secret.
 func TestTelemetry(t *testing.T) {
 	g, o := newGateway(t)

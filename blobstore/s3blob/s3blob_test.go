@@ -76,6 +76,6 @@ func TestConformance(t *testing.T) {
 // In a part of a bucket, with pages and parts so small that there are many.
 func TestConformanceSmall(t *testing.T) {
 	defer func(n int) { pageSize = n }(pageSize)
-	pageSize = 3
+	pageSize = 7
 	blobstoretest.Run(t, harness(func(o *Options) { o.Prefix, o.PartSize, o.VerifyReads = "some/prefix", minPart, true }))
 }
