@@ -33,8 +33,7 @@ func newTransport(o Options) *http.Transport {
 		MaxIdleConnsPerHost: 64,
 		IdleConnTimeout:     min(o.StallTimeout*3/4, time.Minute),
 		DisableCompression:  true, // content comes as it was stored
-		WriteBufferSize:     64 << 10,
-		ReadBufferSize:      64 << 10,
+		ReadBufferSize:      16 << 10,
 	}
 }
 
