@@ -2,6 +2,7 @@ package solstice_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -22,6 +23,8 @@ import (
 	"github.com/solstice-ci/solstice-go/forge/localgit"
 	"github.com/solstice-ci/solstice-go/internal/selfca"
 	"github.com/solstice-ci/solstice-go/internal/sqldb"
+	"github.com/solstice-ci/solstice-go/queue"
+	"github.com/solstice-ci/solstice-go/queue/amqpqueue"
 	"github.com/solstice-ci/solstice-go/queue/sqlqueue"
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/agent"
@@ -65,6 +68,9 @@ type plant struct {
 	Grace    time.Duration
 	Inside   bool   // agents run inside the engine's process
 	Handover string // a directory: who reads it runs the agents, see handover
+	Broker   string // AMQP URL of the queue; empty: in the database
+	Host     string // of the pool; empty: "test". Its machines have a directory of their own
+	Quiet    bool   // an engine of its own process logs nothing below a warning
 }
 
 // quick are clocks for tests: everything that waits for one is short.
@@ -96,7 +102,7 @@ func (p *plant) openDB(t testing.TB) *bun.DB {
 }
 
 func (p *plant) repoDir() string     { return filepath.Join(p.Dir, "repo") }
-func (p *plant) machinesDir() string { return filepath.Join(p.Dir, "machines") }
+func (p *plant) machinesDir() string { return filepath.Join(p.Dir, "machines", p.Host) }
 
 // nothingLeft is checked after every test: no machine, no directory of one.
 func (p *plant) nothingLeft(t testing.TB) {
@@ -110,6 +116,13 @@ func (p *plant) nothingLeft(t testing.TB) {
 			t.Errorf("machine %s is left", e.Name())
 		}
 	}
+}
+
+func (p *plant) openQueue(ctx context.Context, db *bun.DB, log *slog.Logger) (queue.Queue, error) {
+	if p.Broker != "" {
+		return amqpqueue.Open(ctx, amqpqueue.Options{URL: p.Broker, Logger: log})
+	}
+	return sqlqueue.New(ctx, db, sqlqueue.Options{Logger: log})
 }
 
 // config builds an engine's parts from the plant.
@@ -126,7 +139,7 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 		return fail(err)
 	}
 	closers = append(closers, db.Close)
-	q, err := sqlqueue.New(ctx, db, sqlqueue.Options{Logger: log})
+	q, err := p.openQueue(ctx, db, log)
 	if err != nil {
 		return fail(err)
 	}
@@ -169,7 +182,7 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 	return solstice.Config{
 		DB: db, Queue: q, Blobs: blobs, Logger: log, AgentTLS: tls, Contacts: p.Contacts, Timing: p.Timing, LocalAgents: local,
 		Forges: map[string]forge.Forge{"local": repo}, MaxConcurrency: p.Capacity, LogBytes: p.LogBytes, CancelGrace: p.Grace,
-		Pools: []solstice.Pool{{Labels: []string{"host"}, Provider: provider, Host: "test", Capacity: p.Capacity, Warm: p.Warm}},
+		Pools: []solstice.Pool{{Labels: []string{"host"}, Provider: provider, Host: cmp.Or(p.Host, "test"), Capacity: p.Capacity, Warm: p.Warm}},
 	}, done, nil
 }
 
@@ -254,7 +267,11 @@ func engineMain(file string) error {
 		return err
 	}
 	ctx := context.Background()
-	cfg, done, err := c.Plant.config(ctx, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	level := slog.LevelInfo
+	if c.Plant.Quiet {
+		level = slog.LevelWarn
+	}
+	cfg, done, err := c.Plant.config(ctx, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})))
 	if err != nil {
 		return err
 	}
