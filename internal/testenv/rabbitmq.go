@@ -345,6 +345,21 @@ func (s *RabbitMQServer) DeleteQueue(t testing.TB, vhostURL, queue string) {
 	s.Manage(t, http.MethodDelete, "/queues/"+vhostOf(t, vhostURL)+"/"+url.PathEscape(queue), nil, nil)
 }
 
+// DeleteQueues deletes all queues of a virtual host, also those that are one
+// connection's alone, and returns how many there were.
+func (s *RabbitMQServer) DeleteQueues(t testing.TB, vhostURL string) int {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	vhost, n := vhostOf(t, vhostURL), 0
+	for _, q := range s.Queues(t, vhostURL) {
+		if s.manage(ctx, http.MethodDelete, "/queues/"+vhost+"/"+url.PathEscape(q.Name), nil, nil) == nil { // or it is gone by now
+			n++
+		}
+	}
+	return n
+}
+
 // vhostOf is the virtual host of a URL, escaped for a path.
 func vhostOf(t testing.TB, raw string) string {
 	t.Helper()
