@@ -387,6 +387,14 @@ func (s *RabbitMQServer) Start(t testing.TB) {
 	if err := s.start(); err != nil {
 		t.Fatalf("start RabbitMQ: %v", err)
 	}
+	s.elect(t)
+}
+
+// elect has every quorum queue choose its leader, which on a single node some
+// forget to do after a start: https://github.com/rabbitmq/rabbitmq-server/issues/10070.
+func (s *RabbitMQServer) elect(t testing.TB) {
+	t.Helper()
+	s.Ctl(t, "eval", `[ra:trigger_election(amqqueue:get_pid(Q)) || Q <- rabbit_amqqueue:list(), amqqueue:get_type(Q) =:= rabbit_quorum_queue].`)
 }
 
 // Restart stops the broker in an orderly way and starts it.

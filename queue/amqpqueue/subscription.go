@@ -2,6 +2,7 @@ package amqpqueue
 
 import (
 	"context"
+	"fmt"
 	"math"
 	"strconv"
 	"sync"
@@ -242,11 +243,9 @@ func (s *subscription) serve(ses *session) error {
 			return ses.lost(err)
 		case <-s.ctx.Done():
 			return s.wind(f)
-		case <-f.broken: // the queue was deleted
-			s.resumed("lost its queue", nil)
-			if _, err = s.q.enter(s.ctx, ses, s.topic, s.group); err == nil {
-				err = s.adjust(f)
-			}
+		case <-f.broken:
+			// The channel remembers the queue, which does no good to its namesake.
+			return fmt.Errorf("%w: queue deleted", ErrConnectionLost)
 		case <-s.kick:
 			err = s.adjust(f)
 		}
