@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/api/agentv1"
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -48,8 +47,10 @@ func (s *slowConsole) List(ctx context.Context, o vmprovider.ListOptions) iter.S
 
 // TestAttachedMeanwhile: a machine that was found late is not given up when its
 // agent has attached by then.
-func TestAttachedMeanwhile(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestAttachedMeanwhile(t *testing.T) { onBoth(t, testAttachedMeanwhile) }
+
+func testAttachedMeanwhile(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	p.Timing.Boot = 5 * time.Second
 	boots := make(chan vmprovider.Bootstrap, 8)
 	vms := memvm.New(memvm.Config{Script: func(s vmprovider.Spec) memvm.Script { boots <- s.Bootstrap; return memvm.Script{} }})
@@ -109,8 +110,10 @@ func (h *halfMade) List(ctx context.Context, o vmprovider.ListOptions) iter.Seq2
 
 // TestHalfMadeMachineWorks: a machine whose creator was killed before it could
 // note that it is complete runs its job, also while no engine has its agent.
-func TestHalfMadeMachineWorks(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestHalfMadeMachineWorks(t *testing.T) { onBoth(t, testHalfMadeMachineWorks) }
+
+func testHalfMadeMachineWorks(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	boots := make(chan vmprovider.Bootstrap, 8)
 	vms := memvm.New(memvm.Config{Script: func(s vmprovider.Spec) memvm.Script { boots <- s.Bootstrap; return memvm.Script{} }})
 	t.Cleanup(func() { _ = vms.Close() })

@@ -8,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 	"github.com/solstice-ci/solstice-go/vmprovider/memvm"
@@ -17,7 +16,9 @@ import (
 // TestFailureClasses: every attempt shows its class and its reason in words, and
 // each class that is retried has a budget of its own, after which the job is
 // errored.
-func TestFailureClasses(t *testing.T) {
+func TestFailureClasses(t *testing.T) { onBoth(t, testFailureClasses) }
+
+func testFailureClasses(t *testing.T, db func(testing.TB) string) {
 	scripted := func(s memvm.Script) func(*testing.T, *solstice.Config) {
 		return func(t *testing.T, c *solstice.Config) {
 			vms := memvm.New(memvm.Config{Script: func(vmprovider.Spec) memvm.Script { return s }})
@@ -50,7 +51,7 @@ func TestFailureClasses(t *testing.T) {
 		},
 	} {
 		t.Run(string(c.class), func(t *testing.T) {
-			p := newPlant(t, testenv.SQLite(t))
+			p := newPlant(t, db(t))
 			if c.boot > 0 {
 				p.Timing.Boot = c.boot
 			}

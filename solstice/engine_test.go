@@ -88,8 +88,10 @@ jobs:
 	})
 }
 
-func TestFailure(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestFailure(t *testing.T) { onBoth(t, testFailure) }
+
+func testFailure(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	eng, _ := p.start(t)
 	r := finish(t, eng, p.submit(t, eng, `
 jobs:
@@ -150,8 +152,10 @@ jobs:
 	}
 }
 
-func TestBrokenWorkflowIsRecorded(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestBrokenWorkflowIsRecorded(t *testing.T) { onBoth(t, testBrokenWorkflowIsRecorded) }
+
+func testBrokenWorkflowIsRecorded(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	eng, _ := p.start(t)
 	r := p.submit(t, eng, "jobs:\n  a:\n    neds: b\n    steps: [ { run: x } ]\n")
 	if r.State != solstice.RunErrored || len(r.Diagnostics) == 0 || r.Diagnostics[0].Line != 3 {
@@ -183,8 +187,10 @@ func TestSubmitRefusals(t *testing.T) {
 	}
 }
 
-func TestSubmitIsIdempotent(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestSubmitIsIdempotent(t *testing.T) { onBoth(t, testSubmitIsIdempotent) }
+
+func testSubmitIsIdempotent(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	commit := p.commit(t, map[string]string{".solstice/workflow.yaml": "jobs: { a: { steps: [ { run: 'true' } ] } }\n"})
 	eng, _ := p.start(t)
 	req := solstice.RunRequest{Repo: forge.Repo{Name: "repo"}, Commit: commit, IdempotencyKey: "once"}
@@ -202,8 +208,10 @@ func TestSubmitIsIdempotent(t *testing.T) {
 	finish(t, eng, first[0].ID)
 }
 
-func TestCancel(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestCancel(t *testing.T) { onBoth(t, testCancel) }
+
+func testCancel(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	p.Capacity = 1
 	eng, _ := p.start(t)
 	r := p.submit(t, eng, `
@@ -245,8 +253,10 @@ jobs:
 	}
 }
 
-func TestRerunFailed(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestRerunFailed(t *testing.T) { onBoth(t, testRerunFailed) }
+
+func testRerunFailed(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	eng, _ := p.start(t)
 	flag := filepath.Join(p.Dir, "fixed")
 	r := finish(t, eng, p.submit(t, eng, `
@@ -291,8 +301,10 @@ jobs:
 	}
 }
 
-func TestWarmMachines(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestWarmMachines(t *testing.T) { onBoth(t, testWarmMachines) }
+
+func testWarmMachines(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	p.Warm, p.Capacity = 1, 2
 	eng, stop := p.start(t)
 	warm := func() (id string) {

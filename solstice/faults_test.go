@@ -224,8 +224,10 @@ func TestSilentJob(t *testing.T) {
 
 // TestHandOver stops an engine in an orderly way: its job goes on and finishes
 // at its successor.
-func TestHandOver(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestHandOver(t *testing.T) { onBoth(t, testHandOver) }
+
+func testHandOver(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	addr := freeAddr(t)
 	p.Contacts = []string{addr}
 	at := func(c *solstice.Config) { c.AgentAddr = addr }
@@ -250,8 +252,10 @@ jobs:
 
 // TestAgentDeadline cuts an agent off for good: it kills its job by itself, the
 // server gives the attempt up, and the next attempt succeeds.
-func TestAgentDeadline(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestAgentDeadline(t *testing.T) { onBoth(t, testAgentDeadline) }
+
+func testAgentDeadline(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	p.Timing.AgentDeadline, p.Timing.DeadlineMargin = 2*time.Second, 500*time.Millisecond
 	addr := freeAddr(t)
 	proxy := testenv.NewProxy(t, addr)
@@ -282,8 +286,10 @@ jobs:
 
 // TestBootFailure has machines whose agent never attaches: retried within the
 // budget, then errored, with the console to look at.
-func TestBootFailure(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestBootFailure(t *testing.T) { onBoth(t, testBootFailure) }
+
+func testBootFailure(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	broken := filepath.Join(p.Dir, "broken")
 	if err := os.WriteFile(broken, []byte("#!/bin/sh\necho no kernel for you\nexit 1\n"), 0o700); err != nil {
 		t.Fatal(err)
@@ -314,8 +320,10 @@ func TestBootFailure(t *testing.T) {
 
 // TestCreateFails has a provider that refuses at first: no retry budget is
 // used for a full host.
-func TestNoRoom(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestNoRoom(t *testing.T) { onBoth(t, testNoRoom) }
+
+func testNoRoom(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	p.Capacity = 3
 	eng, _ := p.start(t, func(c *solstice.Config) {
 		prov := c.Pools[0].Provider

@@ -7,14 +7,15 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/solstice"
 )
 
 // TestFollowJobFrom: a follower goes on at an offset of an attempt, and has all
 // of those after it.
-func TestFollowJobFrom(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestFollowJobFrom(t *testing.T) { onBoth(t, testFollowJobFrom) }
+
+func testFollowJobFrom(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	eng, _ := p.start(t, func(cfg *solstice.Config) { cfg.Retries = map[solstice.Class]int{solstice.ClassAgentLost: 1} })
 	gate, once := filepath.Join(p.Dir, "gate"), filepath.Join(p.Dir, "once")
 	r := p.submit(t, eng, fmt.Sprintf("jobs: { a: { checkout: false, steps: [ { run: 'echo try; while ! test -e %s; do sleep 0.1; done; test -e %s && exit; touch %s; kill -9 $PPID; sleep 600' } ] } }\n", gate, once, once))

@@ -100,8 +100,10 @@ func unknownMessages(t *testing.T, url string, edit func(*solstice.Config)) {
 
 // TestStatusesAreMessages: what goes to a forge integration is what is published
 // of statuses, in the run's trace.
-func TestStatusesAreMessages(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestStatusesAreMessages(t *testing.T) { onBoth(t, testStatusesAreMessages) }
+
+func testStatusesAreMessages(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	var q queue.Queue
 	eng, _ := p.start(t, func(c *solstice.Config) { q = c.Queue })
 	sub, err := q.Subscribe(t.Context(), messages.StatusTopic("local"), queue.SubscribeOptions{})

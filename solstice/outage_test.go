@@ -186,11 +186,13 @@ func TestClockJump(t *testing.T) {
 
 // TestCircuitBreaker has all agents fall silent at once: they are given up one
 // deadline later than a single one would be, and their jobs run again.
-func TestCircuitBreaker(t *testing.T) {
+func TestCircuitBreaker(t *testing.T) { onBoth(t, testCircuitBreaker) }
+
+func testCircuitBreaker(t *testing.T, db func(testing.TB) string) {
 	if runtime.GOOS != "linux" {
 		t.Skip("finds the agents' processes by /proc")
 	}
-	p := newPlant(t, testenv.SQLite(t))
+	p := newPlant(t, db(t))
 	p.Capacity = 5
 	p.Timing.AgentDeadline = 3 * time.Second
 	heard, log := hear(t)
@@ -241,10 +243,12 @@ func (s *stuck) Destroy(ctx context.Context, id string, o vmprovider.DestroyOpti
 
 // TestHold: a retry waits for the lost attempt's machine to be destroyed, for
 // at most HoldTimeout.
-func TestHold(t *testing.T) {
+func TestHold(t *testing.T) { onBoth(t, testHold) }
+
+func testHold(t *testing.T, db func(testing.TB) string) {
 	for name, timeout := range map[string]time.Duration{"destroyed": time.Hour, "timeout": 2 * time.Second} {
 		t.Run(name, func(t *testing.T) {
-			p := newPlant(t, testenv.SQLite(t))
+			p := newPlant(t, db(t))
 			p.Timing.HoldTimeout = timeout
 			heard, log := hear(t)
 			prov := &stuck{}
@@ -598,8 +602,10 @@ func (q *deafQueue) Subscribe(ctx context.Context, topic string, o queue.Subscri
 }
 
 // TestWakeUpsComeBack: an engine whose subscription failed hears of work again.
-func TestWakeUpsComeBack(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestWakeUpsComeBack(t *testing.T) { onBoth(t, testWakeUpsComeBack) }
+
+func testWakeUpsComeBack(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	p.Timing.Tick = time.Hour // nothing but a wake-up finds work
 	q := &deafQueue{}
 	p.start(t, func(c *solstice.Config) {
@@ -612,4 +618,8 @@ func TestWakeUpsComeBack(t *testing.T) {
 	if r.State != solstice.RunSucceeded {
 		t.Errorf("run is %s", r.State)
 	}
+	eventually(t, "its machine is gone", func() bool {
+		left, err := other.Machines(t.Context(), solstice.MachineFilter{})
+		return err == nil && len(left) == 0
+	})
 }

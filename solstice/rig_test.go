@@ -23,6 +23,7 @@ import (
 	"github.com/solstice-ci/solstice-go/forge/localgit"
 	"github.com/solstice-ci/solstice-go/internal/selfca"
 	"github.com/solstice-ci/solstice-go/internal/sqldb"
+	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/queue/amqpqueue"
 	"github.com/solstice-ci/solstice-go/queue/sqlqueue"
@@ -89,6 +90,18 @@ func newPlant(t testing.TB, dbURL string) *plant {
 	}
 	t.Cleanup(func() { p.nothingLeft(t) })
 	return p
+}
+
+// onBoth runs a test on both databases at once, since engines mostly wait; db
+// makes a fresh one.
+func onBoth(t *testing.T, test func(t *testing.T, db func(testing.TB) string)) {
+	t.Helper()
+	for name, db := range map[string]func(testing.TB) string{"sqlite": testenv.SQLite, "postgres": testenv.Postgres} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, db)
+		})
+	}
 }
 
 func (p *plant) openDB(t testing.TB) *bun.DB {

@@ -8,13 +8,14 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 
 	"github.com/solstice-ci/solstice-go/forge"
-	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/solstice"
 )
 
 // TestTrace: each phase of a job is a span in the trace of what submitted it.
-func TestTrace(t *testing.T) {
-	p := newPlant(t, testenv.SQLite(t))
+func TestTrace(t *testing.T) { onBoth(t, testTrace) }
+
+func testTrace(t *testing.T, db func(testing.TB) string) {
+	p := newPlant(t, db(t))
 	spans := tracetest.NewSpanRecorder()
 	tp := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(spans))
 	eng, _ := p.start(t, func(c *solstice.Config) { c.TracerProvider = tp })
