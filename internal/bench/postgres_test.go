@@ -154,6 +154,7 @@ func BenchmarkPostgresConsume(b *testing.B) {
 			done = make(chan struct{})
 			worker, err = river.NewClient(riverpgxv5.New(r.pool), &river.Config{
 				Queues: map[string]river.QueueConfig{river.QueueDefault: {MaxWorkers: window}}, Workers: workers,
+				FetchCooldown: river.FetchCooldownMin, // by default 100 ms between two looks
 			})
 			return err
 		},
