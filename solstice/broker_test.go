@@ -24,8 +24,8 @@ import (
 // holds a message for 10 s,
 //   - a job of 60 s is not run twice: its run request is acknowledged once it is
 //     in the database;
-//   - jobs come to their ends though every queue is emptied, and deleted, again
-//     and again: the database is the truth;
+//   - jobs come to their ends though every queue is emptied again and again, and
+//     those of broadcasts are deleted: the database is the truth;
 //   - a broker that is killed, and comes back, costs no run and no status.
 func TestBrokerFaults(t *testing.T) {
 	t.Parallel() // most of the time a job sleeps
@@ -90,8 +90,7 @@ func TestBrokerFaults(t *testing.T) {
 	count := filepath.Join(p.Dir, "count")
 	long := runOf(request(fmt.Sprintf("checkout: false\njobs: { long: { steps: [ { run: 'echo x >> %s; sleep 60' } ] } }\n", count)))
 
-	// Emptied and deleted, whoever uses them, while jobs are queued behind a
-	// pool that is too small for them.
+	// While jobs are queued behind a pool that is too small for them.
 	var few strings.Builder
 	few.WriteString("checkout: false\njobs:\n")
 	for i := range 8 {
@@ -107,7 +106,7 @@ func TestBrokerFaults(t *testing.T) {
 	go func() {
 		n := 0
 		for ctx.Err() == nil {
-			n += broker.DeleteQueues(t, vhost)
+			n += broker.DropMessages(t, vhost)
 			time.Sleep(50 * time.Millisecond) // or the broker does nothing else
 		}
 		dropped <- n

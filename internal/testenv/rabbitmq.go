@@ -345,15 +345,20 @@ func (s *RabbitMQServer) DeleteQueue(t testing.TB, vhostURL, queue string) {
 	s.Manage(t, http.MethodDelete, "/queues/"+vhostOf(t, vhostURL)+"/"+url.PathEscape(queue), nil, nil)
 }
 
-// DeleteQueues deletes all queues of a virtual host, also those that are one
-// connection's alone, and returns how many there were.
-func (s *RabbitMQServer) DeleteQueues(t testing.TB, vhostURL string) int {
+// DropMessages empties the durable queues of a virtual host and deletes the
+// others, which are one connection's alone, with what is in them. It returns how
+// many there were.
+func (s *RabbitMQServer) DropMessages(t testing.TB, vhostURL string) int {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	vhost, n := vhostOf(t, vhostURL), 0
 	for _, q := range s.Queues(t, vhostURL) {
-		if s.manage(ctx, http.MethodDelete, "/queues/"+vhost+"/"+url.PathEscape(q.Name), nil, nil) == nil { // or it is gone by now
+		path := "/queues/" + vhost + "/" + url.PathEscape(q.Name)
+		if q.Durable {
+			path += "/contents"
+		}
+		if s.manage(ctx, http.MethodDelete, path, nil, nil) == nil { // or it is gone by now
 			n++
 		}
 	}
