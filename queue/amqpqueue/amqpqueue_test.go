@@ -2,6 +2,7 @@ package amqpqueue_test
 
 import (
 	"context"
+	"log/slog"
 	"testing"
 
 	"github.com/solstice-ci/solstice-go/internal/testenv"
@@ -12,7 +13,11 @@ import (
 
 func open(tb queuetest.TB, url string) *amqpqueue.Queue {
 	tb.Helper()
-	q, err := amqpqueue.Open(context.Background(), amqpqueue.Options{URL: url, ConnectionName: "test"})
+	o := amqpqueue.Options{URL: url, ConnectionName: "test"}
+	if t, ok := tb.(testing.TB); ok {
+		o.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
+	}
+	q, err := amqpqueue.Open(context.Background(), o)
 	if err != nil {
 		tb.Fatalf("Open: %v", err)
 	}

@@ -34,6 +34,7 @@ func (s *subscription) arrive(f *feed, c *consumer, in *amqp.Delivery) {
 		return
 	}
 	c.unsettled++
+	c.heard = true
 	if !c.cancelled {
 		f.credit--
 	}

@@ -71,6 +71,9 @@ func (r *reader) run(serve func(*session) error) {
 		if r.ctx.Err() != nil {
 			return
 		}
+		if errors.Is(err, errDoubt) {
+			continue
+		}
 		if errors.Is(err, ErrTopology) || errors.Is(err, ErrPermission) {
 			r.begin(err) // Subscribe says so; a reader that once read goes on trying
 		}

@@ -2,6 +2,7 @@ package amqpqueue
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -17,6 +18,18 @@ import (
 // may go on sending for calls that gave up.
 const hold = 20 * time.Millisecond
 
+// A quorum queue that elects its leader while a consumer subscribes may count
+// messages as sent that never were (seen with RabbitMQ 3.10.8), and they stay
+// with the consumer until its channel ends. So a consumer that has heard nothing
+// for firstDoubt is replaced, the next one after twice the time, and so on.
+const (
+	firstDoubt = 5 * time.Second
+	lastDoubt  = 5 * time.Minute
+)
+
+// errDoubt ends a channel that is replaced.
+var errDoubt = errors.New("amqpqueue: consumer heard nothing so far")
+
 // subscription reads a group's queue.
 //
 // The broker is asked for as many messages as calls of Next wait, never more:
@@ -30,9 +43,11 @@ const hold = 20 * time.Millisecond
 // consumers are cancelled and what was held is sent.
 type subscription struct {
 	*reader
-	o     queue.SubscribeOptions
-	kick  chan struct{} // capacity 1: serve has something to do
-	timer *time.Timer
+	o      queue.SubscribeOptions
+	kick   chan struct{} // capacity 1: serve has something to do
+	timer  *time.Timer
+	served *session      // serve's: the latest
+	doubt  time.Duration // serve's: how long a new consumer may hear nothing
 
 	mu      sync.Mutex
 	feed    *feed // nil while there is none
@@ -64,6 +79,7 @@ type consumer struct {
 	tag       string
 	prefetch  int
 	unsettled int
+	heard     bool // it had a delivery
 	cancelled bool
 	drained   chan struct{} // all its deliveries arrived
 }
@@ -225,6 +241,9 @@ func (s *subscription) serve(ses *session) error {
 	if err != nil {
 		return err
 	}
+	if s.served != ses {
+		s.served, s.doubt = ses, firstDoubt
+	}
 	closes := ch.NotifyClose(make(chan *amqp.Error, 1))
 	f := &feed{ses: ses, ch: ch, queue: name, consumers: map[*consumer]struct{}{}, broken: make(chan struct{}, 1)}
 	s.mu.Lock()
@@ -233,6 +252,8 @@ func (s *subscription) serve(ses *session) error {
 	s.mu.Unlock()
 	defer s.end(f)
 	s.begin(nil)
+	silence := time.NewTimer(s.doubt)
+	defer silence.Stop()
 	for {
 		var err error
 		select {
@@ -245,7 +266,14 @@ func (s *subscription) serve(ses *session) error {
 			return s.wind(f)
 		case <-f.broken:
 			// The channel remembers the queue, which does no good to its namesake.
+			s.doubt = firstDoubt
 			return fmt.Errorf("%w: queue deleted", ErrConnectionLost)
+		case <-silence.C:
+			if s.doubtful(f) {
+				s.doubt = min(2*s.doubt, lastDoubt)
+				return errDoubt
+			}
+			silence.Reset(s.doubt)
 		case <-s.kick:
 			err = s.adjust(f)
 		}
@@ -253,6 +281,22 @@ func (s *subscription) serve(ses *session) error {
 			return ses.lost(err)
 		}
 	}
+}
+
+// doubtful says that a consumer heard nothing while somebody waited, and that
+// nothing is in hand that would be delivered again if the channel ended.
+func (s *subscription) doubtful(f *feed) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.waiters) == 0 || s.out+len(s.surplus)+len(s.held)+f.moving > 0 {
+		return false
+	}
+	for c := range f.consumers {
+		if !c.heard {
+			return true
+		}
+	}
+	return false
 }
 
 // wind gives back what the subscription holds.
