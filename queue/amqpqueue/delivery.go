@@ -34,7 +34,7 @@ func (s *subscription) arrive(f *feed, c *consumer, in *amqp.Delivery) {
 		return
 	}
 	c.unsettled++
-	c.heard = true
+	f.latest, f.came = time.Now(), true
 	if !c.cancelled {
 		f.credit--
 	}

@@ -20,15 +20,15 @@ const hold = 20 * time.Millisecond
 
 // A quorum queue that elects its leader while a consumer subscribes may count
 // messages as sent that never were (seen with RabbitMQ 3.10.8), and they stay
-// with the consumer until its channel ends. So a consumer that has heard nothing
-// for firstDoubt is replaced, the next one after twice the time, and so on.
+// with the consumer until its channel ends. So a channel on which nothing came for
+// firstDoubt is replaced, the next one after twice the time, and so on.
 const (
 	firstDoubt = 5 * time.Second
 	lastDoubt  = 5 * time.Minute
 )
 
 // errDoubt ends a channel that is replaced.
-var errDoubt = errors.New("amqpqueue: consumer heard nothing so far")
+var errDoubt = errors.New("amqpqueue: nothing came")
 
 // subscription reads a group's queue.
 //
@@ -47,7 +47,7 @@ type subscription struct {
 	kick   chan struct{} // capacity 1: serve has something to do
 	timer  *time.Timer
 	served *session      // serve's: the latest
-	doubt  time.Duration // serve's: how long a new consumer may hear nothing
+	doubt  time.Duration // serve's: how long nothing may come
 
 	mu      sync.Mutex
 	feed    *feed // nil while there is none
@@ -68,9 +68,11 @@ type feed struct {
 	ended     bool
 	consumers map[*consumer]struct{}
 	serial    int
-	credit    int           // what the broker may send now
-	growing   int           // what it is being asked for
-	moving    int           // deliveries that go elsewhere, whose credit will be back
+	credit    int       // what the broker may send now
+	growing   int       // what it is being asked for
+	moving    int       // deliveries that go elsewhere, whose credit will be back
+	latest    time.Time // when something came, or the channel was opened
+	came      bool
 	broken    chan struct{} // capacity 1: the broker cancelled a consumer
 	work      sync.WaitGroup
 }
@@ -79,7 +81,6 @@ type consumer struct {
 	tag       string
 	prefetch  int
 	unsettled int
-	heard     bool // it had a delivery
 	cancelled bool
 	drained   chan struct{} // all its deliveries arrived
 }
@@ -245,7 +246,7 @@ func (s *subscription) serve(ses *session) error {
 		s.served, s.doubt = ses, firstDoubt
 	}
 	closes := ch.NotifyClose(make(chan *amqp.Error, 1))
-	f := &feed{ses: ses, ch: ch, queue: name, consumers: map[*consumer]struct{}{}, broken: make(chan struct{}, 1)}
+	f := &feed{latest: time.Now(), ses: ses, ch: ch, queue: name, consumers: map[*consumer]struct{}{}, broken: make(chan struct{}, 1)}
 	s.mu.Lock()
 	s.feed = f
 	s.balance()
@@ -270,7 +271,6 @@ func (s *subscription) serve(ses *session) error {
 			return fmt.Errorf("%w: queue deleted", ErrConnectionLost)
 		case <-silence.C:
 			if s.doubtful(f) {
-				s.doubt = min(2*s.doubt, lastDoubt)
 				return errDoubt
 			}
 			silence.Reset(s.doubt)
@@ -283,7 +283,7 @@ func (s *subscription) serve(ses *session) error {
 	}
 }
 
-// doubtful says that a consumer heard nothing while somebody waited, and that
+// doubtful says that nothing came for long while somebody waited, and that
 // nothing is in hand that would be delivered again if the channel ended.
 func (s *subscription) doubtful(f *feed) bool {
 	s.mu.Lock()
@@ -291,12 +291,7 @@ func (s *subscription) doubtful(f *feed) bool {
 	if len(s.waiters) == 0 || s.out+len(s.surplus)+len(s.held)+f.moving > 0 {
 		return false
 	}
-	for c := range f.consumers {
-		if !c.heard {
-			return true
-		}
-	}
-	return false
+	return f.credit > 0 && time.Since(f.latest) >= s.doubt
 }
 
 // wind gives back what the subscription holds.
@@ -318,6 +313,9 @@ func (s *subscription) end(f *feed) {
 	s.feed = nil
 	s.out = 0
 	s.surplus = nil
+	if s.doubt = min(2*s.doubt, lastDoubt); f.came {
+		s.doubt = firstDoubt
+	}
 	s.mu.Unlock()
 	_ = f.ch.Close() // where the broker does not answer, until the session ends
 }
