@@ -81,7 +81,8 @@ type consumer struct {
 	tag       string
 	prefetch  int
 	unsettled int
-	cancelled bool
+	leaving   bool          // it is being cancelled, by us
+	cancelled bool          // and sends no more
 	drained   chan struct{} // all its deliveries arrived
 }
 
@@ -370,7 +371,7 @@ func (s *subscription) grow(f *feed) error {
 		close(c.drained)
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if !c.cancelled && !f.ended {
+		if !c.leaving && !f.ended {
 			s.forget(f, c)
 			select {
 			case f.broken <- struct{}{}:
@@ -395,6 +396,7 @@ func (s *subscription) cancelAll(f *feed) error {
 	s.mu.Lock()
 	var all []*consumer
 	for c := range f.consumers {
+		c.leaving = true
 		all = append(all, c)
 	}
 	s.mu.Unlock()
