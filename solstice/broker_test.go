@@ -134,11 +134,16 @@ func TestBrokerFaults(t *testing.T) {
 	}
 	succeeded("under way", during)
 	succeeded("without a broker", runs[0].ID)
-	if err := eng.Ready(t.Context()); err == nil || !strings.Contains(err.Error(), "queue") {
+	ready := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		return eng.Ready(ctx)
+	}
+	if err := ready(); err == nil || !strings.Contains(err.Error(), "queue") {
 		t.Errorf("without a broker it is ready: %v", err)
 	}
 	broker.Start(t)
-	eventually(t, "it is ready", func() bool { return eng.Ready(t.Context()) == nil })
+	eventually(t, "it is ready", func() bool { return ready() == nil })
 	repo, err := localgit.Open(t.Context(), localgit.Config{Dir: p.repoDir(), StatusDir: filepath.Join(p.Dir, "statuses")})
 	if err != nil {
 		t.Fatal(err)
