@@ -47,10 +47,7 @@ func hostileJournal(t *testing.T, dbURL string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := session.Recv()
-	if err != nil || m.GetAssign() == nil {
-		t.Fatalf("no assignment: %v, %v", m, err)
-	}
+	m := assignment(t, session)
 	attempt := m.GetAssign().GetAttemptId()
 	send := func(m *agentv1.AttachRequest) {
 		t.Helper()

@@ -151,13 +151,7 @@ func testIdentity(t *testing.T, db func(testing.TB) string) {
 
 	session, _, err := one.attach(one.cred, &agentv1.Hello{})
 	want("Attach", "the agent itself", err, codes.OK)
-	m, err := session.Recv()
-	for err == nil && m.GetContacts() != nil { // as they come
-		m, err = session.Recv()
-	}
-	if err != nil || m.GetAssign() == nil {
-		t.Fatalf("no assignment: %v, %v", m, err)
-	}
+	m := assignment(t, session)
 	mine := m.GetAssign().GetAttemptId()
 	_, _, err = other.attach(other.cred, &agentv1.Hello{AttemptId: mine})
 	want("Attach", "another's attempt", err, codes.FailedPrecondition)
@@ -212,6 +206,23 @@ func testIdentity(t *testing.T, db func(testing.TB) string) {
 	for _, s := range agentv1.AgentService_ServiceDesc.Streams {
 		if !covered[s.StreamName] {
 			t.Errorf("no row for %s", s.StreamName)
+		}
+	}
+}
+
+// assignment is the first one that comes; contacts may come before it.
+func assignment(t *testing.T, session agentv1.AgentService_AttachClient) *agentv1.AttachResponse {
+	t.Helper()
+	for {
+		m, err := session.Recv()
+		if err != nil {
+			t.Fatalf("no assignment: %v", err)
+		}
+		if m.GetAssign() != nil {
+			return m
+		}
+		if m.GetContacts() == nil {
+			t.Fatalf("no assignment, but %v", m)
 		}
 	}
 }

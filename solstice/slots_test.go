@@ -36,10 +36,7 @@ func TestSlotOfAnotherEngine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := session.Recv()
-	if err != nil || m.GetAssign() == nil {
-		t.Fatalf("no assignment: %v, %v", m, err)
-	}
+	m := assignment(t, session)
 	for _, m := range []*agentv1.AttachRequest{
 		{Msg: &agentv1.AttachRequest_AssignConfirm{AssignConfirm: &agentv1.AssignConfirm{AttemptId: m.GetAssign().GetAttemptId()}}},
 		{Msg: &agentv1.AttachRequest_Events{Events: &agentv1.EventBatch{Events: []*agentv1.Event{{

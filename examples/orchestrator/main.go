@@ -303,9 +303,12 @@ func (f *flags) pools(dir string, cfg *solstice.Config, open *closers) error {
 	if root == "" {
 		root = filepath.Join(dir, "machines")
 	}
-	host, err := machinesHost(root)
-	if err != nil {
-		return problem("cannot name where the machines are", err, "")
+	host := "" // one orchestrator's, which a backup takes to another directory
+	if storage.IsPostgres(cfg.DB) {
+		var err error
+		if host, err = machinesHost(root); err != nil {
+			return problem("cannot name where the machines are", err, "")
+		}
 	}
 	provide := func(pc processvm.Config) (*processvm.Provider, error) {
 		pc.Root, pc.StepEnv, pc.Logger, pc.Host = root, daemon.StepEnvironment(f.PoolEnv...), cfg.Logger, host
