@@ -34,10 +34,9 @@
 //     it, which notices at once, has declared the queue anew. Without other
 //     readers Publish declares it.
 //   - A broadcast reader misses what is published while it is disconnected.
-//   - Known defect: after the broker was killed (SIGKILL) under load, messages
-//     that it had confirmed just before are sometimes not received. Whether the
-//     broker or this package loses them is not known; go test -kill-broker
-//     shows it.
+//   - RabbitMQ 3 writes what is declared to disk some seconds later, but confirms
+//     messages at once: one that is killed within seconds of a topic's first use
+//     may forget the queue, with what was confirmed in it.
 //
 // # Metrics
 //
