@@ -2,6 +2,7 @@ package sqldb
 
 import (
 	"context"
+	"time"
 
 	"github.com/uptrace/bun"
 )
@@ -16,3 +17,6 @@ func Waiting(db *bun.DB) int {
 	defer g.mu.Unlock()
 	return len(g.waiting)
 }
+
+// SetWindow replaces for how long a transaction lets others join.
+func SetWindow(db *bun.DB, d time.Duration) { groupOf(db).window = d }

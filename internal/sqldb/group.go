@@ -21,6 +21,7 @@ import (
 // connection has cached when another one writes.
 type group struct {
 	timeout time.Duration // for the turn
+	window  time.Duration // a group takes nobody in after that
 
 	mu      sync.Mutex
 	led     bool // somebody is in a transaction, or about to be
@@ -30,8 +31,8 @@ type group struct {
 }
 
 const (
-	maxGroup  = 64
-	groupTime = 5 * time.Millisecond // a group takes nobody in after that
+	maxGroup    = 64
+	groupWindow = 5 * time.Millisecond
 )
 
 // errGroup: nothing was written, which may be another transaction's fault.
@@ -173,7 +174,7 @@ func (g *group) lead(ctx context.Context, db *bun.DB, fn txFunc, alone bool) err
 		return err
 	}
 	var members []*member
-	for !alone && len(members) < maxGroup && time.Since(began) < groupTime {
+	for !alone && len(members) < maxGroup && time.Since(began) < g.window {
 		m := g.next()
 		if m == nil {
 			break

@@ -19,6 +19,7 @@ import (
 // until all others wait, so that they join it, in their order.
 func grouped(t *testing.T, db *bun.DB, fns ...func(ctx context.Context, tx bun.Tx) error) []error {
 	t.Helper()
+	sqldb.SetWindow(db, time.Hour) // on a busy machine the usual one ends before all have come
 	errs := make([]error, len(fns))
 	began, ready := make(chan struct{}), make(chan struct{})
 	var once sync.Once

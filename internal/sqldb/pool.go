@@ -36,7 +36,7 @@ func newPool(c driver.Connector, path string, o Options) *pool {
 		slots: semaphore.NewWeighted(int64(o.MaxConns)), writers: gateFor(path),
 	}
 	if path != memory {
-		p.group = &group{timeout: o.PoolTimeout}
+		p.group = &group{timeout: o.PoolTimeout, window: groupWindow}
 	}
 	return p
 }

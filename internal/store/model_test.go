@@ -537,8 +537,10 @@ func (m *model) claim(ctx context.Context, s step) (bool, error) {
 		x := m.machines[id]
 		return x.state != "ready" || x.owner != o || x.pool != p.name
 	})
+	began := q.Warm > 0 // a transaction: without a job, or room for one, there is none
 	for i := range q.Max {
 		best, room := m.best(p.labels), m.room(p)
+		began = began || best != nil && (len(q.Ready) > 0 || room > 0)
 		if best == nil || len(ready) == 0 && room <= 0 {
 			break
 		}
@@ -583,7 +585,7 @@ func (m *model) claim(ctx context.Context, s step) (bool, error) {
 			lease: m.now + modelLease.Microseconds(), bootBy: m.now + modelBoot.Microseconds(),
 		}
 	}
-	return q.Max+q.Warm > 0, nil // else there was no transaction
+	return began, nil
 }
 
 func claimRequest(p modelPool, owner string, id func() string) store.ClaimRequest {
