@@ -89,11 +89,37 @@ func (s *PostgresServer) URL(database string) string {
 // test ends.
 func (s *PostgresServer) Database(t testing.TB) string {
 	t.Helper()
+	return s.database(t, "")
+}
+
+// DatabaseIn is Database with its tables and indexes below dir, which everybody
+// may enter; the server's log of transactions stays where it is.
+func (s *PostgresServer) DatabaseIn(t testing.TB, dir string) string {
+	t.Helper()
+	space := filepath.Join(dir, "postgres")
+	owner, err := s.dropPrivileges()
+	if err == nil {
+		err = os.Mkdir(space, 0o700)
+	}
+	if err == nil && owner != nil {
+		err = os.Chown(space, owner.uid, owner.gid)
+	}
+	if err == nil {
+		err = s.admin("CREATE TABLESPACE apart LOCATION '" + space + "'")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.database(t, " TABLESPACE apart")
+}
+
+func (s *PostgresServer) database(t testing.TB, where string) string {
+	t.Helper()
 	databases.Lock()
 	databases.n++
 	name := fmt.Sprintf("t%d", databases.n)
 	databases.Unlock()
-	if err := s.admin("CREATE DATABASE " + name); err != nil {
+	if err := s.admin("CREATE DATABASE " + name + where); err != nil {
 		t.Fatalf("create a database: %v", err)
 	}
 	t.Cleanup(func() {
