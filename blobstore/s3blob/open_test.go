@@ -233,6 +233,33 @@ func TestExpiredTokenIsRenewed(t *testing.T) {
 	}
 }
 
+// TestRenewedCredentialsSignEverything: requests and presigned URLs, whichever
+// is first to need them.
+func TestRenewedCredentialsSignEverything(t *testing.T) {
+	o := optionsFor(testenv.S3(t))
+	now := Credentials{AccessKey: o.AccessKey, SecretKey: o.SecretKey, Expires: time.Now().Add(time.Hour)}
+	o.AccessKey, o.SecretKey = "", ""
+	o.Credentials = func(context.Context) (Credentials, error) { return now, nil }
+	s := open(t, o)
+	presigned := func() string {
+		t.Helper()
+		u, err := s.PresignGet(t.Context(), "k", time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return u
+	}
+	presigned()
+	for _, token := range []string{"first", "second"} {
+		now.SessionToken = token
+		s.creds.expire()
+		_ = s.Check(t.Context()) // the request is signed, whatever the service says of a token
+		if u := presigned(); !strings.Contains(u, "X-Amz-Security-Token="+token) {
+			t.Errorf("after a request with the token %s: %s", token, u)
+		}
+	}
+}
+
 // TestCheck: a bucket that went is noticed, though Stat finds nothing strange.
 func TestCheck(t *testing.T) {
 	s := open(t, optionsFor(testenv.S3(t)))
@@ -278,7 +305,7 @@ func TestAddressing(t *testing.T) {
 		if err := o.fill(); err != nil {
 			t.Fatal(err)
 		}
-		s := &Store{o: o, creds: newCredentialsCache(o)}
+		s := newStore(o)
 		if err := s.creds.ensure(t.Context()); err != nil {
 			t.Fatal(err)
 		}

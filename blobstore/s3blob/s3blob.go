@@ -167,6 +167,7 @@ type Store struct {
 	presign   *minio.Client
 	transport *http.Transport
 	creds     *credentialsCache
+	signer    *credentials.Credentials // minio's view of creds, one for both clients
 	telemetry *telemetry
 	pools     *pools
 
@@ -190,7 +191,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 	if err := o.fill(); err != nil {
 		return nil, err
 	}
-	s := &Store{o: o, creds: newCredentialsCache(o), pools: newPools()}
+	s := newStore(o)
 	var err error
 	if s.telemetry, err = newTelemetry(o); err != nil {
 		return nil, fmt.Errorf("s3blob: metrics: %w", err)
@@ -212,6 +213,11 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 	return s, nil
 }
 
+func newStore(o Options) *Store {
+	creds := newCredentialsCache(o)
+	return &Store{o: o, creds: creds, signer: credentials.New(creds), pools: newPools()}
+}
+
 func (s *Store) client(endpoint string) (*minio.Core, error) {
 	if !strings.Contains(endpoint, "://") {
 		endpoint = "https://" + endpoint
@@ -226,7 +232,7 @@ func (s *Store) client(endpoint string) (*minio.Core, error) {
 		lookup = minio.BucketLookupDNS
 	}
 	core, err := minio.NewCore(u.Host, &minio.Options{
-		Creds:        credentials.New(s.creds),
+		Creds:        s.signer,
 		Secure:       u.Scheme == "https",
 		Transport:    recorder{s.transport},
 		Region:       s.o.Region,
