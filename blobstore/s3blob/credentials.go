@@ -191,10 +191,13 @@ func (c *credentialsCache) ensure(ctx context.Context) error {
 	return fmt.Errorf("s3blob: %w: %w", ErrNoCredentials, err)
 }
 
-// expire makes the next ensure ask for new ones.
+// expire makes the next ensure ask for new ones. Calls that are past theirs go on
+// with these, and hear that they have expired.
 func (c *credentialsCache) expire() {
 	if v := c.current.Load(); v != nil && !v.Expires.IsZero() {
-		c.current.CompareAndSwap(v, nil)
+		old := *v
+		old.Expires = time.Now()
+		c.current.CompareAndSwap(v, &old)
 	}
 }
 

@@ -233,6 +233,25 @@ func TestExpiredTokenIsRenewed(t *testing.T) {
 	}
 }
 
+// TestExpiredTokenUnderParts: those parts of an upload that are begun after one
+// heard of it, and before there are new credentials, go on.
+func TestExpiredTokenUnderParts(t *testing.T) {
+	g, o := newGateway(t)
+	good := Credentials{AccessKey: o.AccessKey, SecretKey: o.SecretKey, Expires: time.Now().Add(time.Hour)}
+	o.AccessKey, o.SecretKey, o.Parallel = "", "", 1
+	o.Credentials = func(context.Context) (Credentials, error) { return good, nil }
+	s := open(t, o)
+	g.inject("UploadPart", func(http.ResponseWriter, *http.Request, int) bool {
+		s.creds.expire() // as another call does
+		return false
+	})
+	if _, err := s.Put(t.Context(), "k", content(large), blobstore.PutOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	g.heal()
+	has(t, s, "k", large)
+}
+
 // TestRenewedCredentialsSignEverything: requests and presigned URLs, whichever
 // is first to need them.
 func TestRenewedCredentialsSignEverything(t *testing.T) {
