@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"syscall"
 )
@@ -46,6 +47,7 @@ func SharedDir() string {
 // binary may have started. launch gets the server's directory.
 func share[T any](kind string, launch func(dir string) (T, error)) (T, error) {
 	var none T
+	keepInherited()
 	if _, err := exec.LookPath("flock"); err != nil {
 		return none, fmt.Errorf("the program flock is needed (Debian: apt-get install util-linux): %w", err)
 	}
@@ -98,6 +100,17 @@ func share[T any](kind string, launch func(dir string) (T, error)) (T, error) {
 		return none, err
 	}
 	return v, errors.Join(os.WriteFile(said+".new", b, 0o600), os.Rename(said+".new", said))
+}
+
+// keepInherited keeps descriptors that this process was given from what it starts:
+// through them a server and its supervisor would be users themselves, without end.
+func keepInherited() {
+	open, _ := os.ReadDir("/dev/fd") // of Linux and macOS
+	for _, e := range open {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
+			syscall.CloseOnExec(fd)
+		}
+	}
 }
 
 // held keeps files from being closed by the garbage collector.

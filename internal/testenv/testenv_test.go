@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -140,11 +141,28 @@ func TestServersEndWithTheirBinary(t *testing.T) {
 // the one that started it and ends with the other.
 func TestSharedServerEndsWithItsUsers(t *testing.T) {
 	testenv.S3(t) // skips where it is missing
-	// A directory of their own, so that this binary is none of the users.
+	// A directory of their own, so that this binary is none of the users. They
+	// inherit a descriptor through which whoever has it is one, as from
+	// .mise/tasks/test/all.
 	tmp := t.TempDir()
+	shared := filepath.Join(tmp, filepath.Base(testenv.SharedDir()))
+	for _, dir := range []string{shared, filepath.Join(shared, "s3")} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	users, err := os.Create(filepath.Join(shared, "s3", "users"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Flock(int(users.Fd()), syscall.LOCK_SH); err != nil {
+		t.Fatal(err)
+	}
+	inherited := []*os.File{users}
 	user := func() (*exec.Cmd, string) {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestUse$", "-use")
 		cmd.Env = []string{"TMPDIR=" + tmp, "HOME=" + home(t), "PATH=/usr/bin:/bin"}
+		cmd.ExtraFiles = inherited
 		out, err := cmd.StdoutPipe()
 		if err != nil {
 			t.Fatal(err)
@@ -181,7 +199,11 @@ func TestSharedServerEndsWithItsUsers(t *testing.T) {
 	}
 	end(second)
 	end(third)
-	run := filepath.Join(tmp, filepath.Base(testenv.SharedDir()), "s3", "run")
+	if err := users.Close(); err != nil {
+		t.Fatal(err)
+	}
+	inherited = nil
+	run := filepath.Join(shared, "s3", "run")
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for ; ; <-tick.C { // until go test's own timeout
