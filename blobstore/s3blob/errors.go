@@ -143,7 +143,7 @@ func classify(err error, rec *record) (_ error, again bool) {
 	again = isAny(ErrThrottled, errCorrupt, errExpired, errConflict) ||
 		resp.StatusCode >= 500 && !isAny(blobstore.ErrNoSpace) ||
 		resp.StatusCode == http.StatusRequestTimeout ||
-		resp.StatusCode < 300 || // an error inside a 200
+		sentinel == nil && resp.StatusCode < 300 || // an error inside a 200
 		resp.Code == "RequestTimeout" || resp.Code == "InternalError"
 	what := resp.Code
 	if resp.Message != "" && resp.Message != resp.Code {

@@ -252,6 +252,23 @@ func TestFaultsThatPass(t *testing.T) {
 	}
 }
 
+// TestRefusedInside200: a service that began its answer before it knew says
+// no all the same.
+func TestRefusedInside200(t *testing.T) {
+	g, o := newGateway(t)
+	s := open(t, o)
+	g.inject("CompleteMultipartUpload", func(w http.ResponseWriter, _ *http.Request, _ int) bool {
+		refuse(w, 200, "PreconditionFailed")
+		return true
+	})
+	_, err := s.Put(t.Context(), "k", content(large), blobstore.PutOptions{IfAbsent: true})
+	if n := g.seen("CompleteMultipartUpload"); !errors.Is(err, blobstore.ErrExists) || n != 1 {
+		t.Fatalf("error %v after %d requests", err, n)
+	}
+	g.heal()
+	hasNot(t, s, "k")
+}
+
 // TestThrottledReads: the other operations get over it, too.
 func TestThrottledReads(t *testing.T) {
 	g, o := newGateway(t)
