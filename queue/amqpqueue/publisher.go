@@ -1,6 +1,7 @@
 package amqpqueue
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,7 @@ type publisher struct {
 	returns chan amqp.Return
 	mu      sync.Mutex
 	back    map[string]struct{} // returned, by correlation ID
+	refused error               // why the broker closed the channel; nil: it did not
 }
 
 // outgoing is a message on its way.
@@ -74,6 +76,9 @@ func (p *publisher) send(ctx context.Context, o *outgoing) error {
 	var err error
 	if o.confirm, err = p.ch.PublishWithDeferredConfirm(o.exchange, o.key, !o.optional, false, o.msg); err != nil {
 		p.window.Release(o.weight)
+		if p.ch.IsClosed() {
+			return p.ended()
+		}
 		return p.ses.lost(err)
 	}
 	return nil
@@ -131,13 +136,29 @@ func (p *publisher) outcome(o *outgoing) error {
 	p.window.Release(o.weight)
 	switch {
 	case !o.confirm.Acked() && p.ch.IsClosed():
-		return p.ses.lost(amqp.ErrClosed)
+		return p.ended()
 	case !o.confirm.Acked():
 		return ErrRejected
 	case returned:
 		return errReturned
 	}
 	return nil
+}
+
+// refuse notes that the broker did not like something that was published.
+func (p *publisher) refuse(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refused = fmt.Errorf("%w: publishing: %w", ErrConnectionLost, classify(err))
+}
+
+// ended says why nothing can be published any more: the channel ended, and the
+// session does with it.
+func (p *publisher) ended() error {
+	<-p.ses.ctx.Done()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return cmp.Or(p.refused, context.Cause(p.ses.ctx))
 }
 
 // wasReturned reads the returns that came so far: that of a confirmed message

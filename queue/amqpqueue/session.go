@@ -137,15 +137,18 @@ func (q *Queue) prepare(s *session) (err error) {
 		return err
 	}
 	closes := ch.NotifyClose(make(chan *amqp.Error, 1))
+	if s.pub, err = newPublisher(s, ch); err != nil {
+		return err
+	}
 	s.spawn(func() {
 		if err, ok := <-closes; ok && err.Server && !s.conn.IsClosed() {
 			// An exchange is gone: all is declared anew.
 			q.log.Error("amqpqueue: broker closed the publishing channel", "error", err)
+			s.pub.refuse(err)
 			_ = s.raw.Close()
 		}
 	})
-	s.pub, err = newPublisher(s, ch)
-	return err
+	return nil
 }
 
 // spawn runs fn, for which the session's end waits. It returns false where that
