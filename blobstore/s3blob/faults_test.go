@@ -547,6 +547,32 @@ type first struct{ f func() }
 
 func (f *first) Read([]byte) (int, error) { f.f(); return 0, io.EOF }
 
+// TestReaderFailsUnderParts: what is under way is given up, not waited for.
+func TestReaderFailsUnderParts(t *testing.T) {
+	g, o := newGateway(t)
+	o.StallTimeout = time.Hour
+	s := open(t, o)
+	stuck := make(chan struct{})
+	g.inject("UploadPart", func(_ http.ResponseWriter, r *http.Request, n int) bool {
+		if n == 1 {
+			close(stuck)
+		}
+		g.hang(r)
+		return true
+	})
+	boom := errors.New("boom")
+	r := io.MultiReader(content(large), readerFunc(func([]byte) (int, error) { <-stuck; return 0, boom }))
+	if _, err := s.Put(t.Context(), "k", r, blobstore.PutOptions{}); !errors.Is(err, boom) {
+		t.Errorf("error %v", err)
+	}
+	g.heal()
+	hasNot(t, s, "k")
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
 // TestServerKilled in the middle of a Put: it fails, or succeeds with a server
 // that comes back in time; nothing half is seen.
 func TestServerKilled(t *testing.T) {

@@ -2,6 +2,7 @@ package s3blob
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -293,7 +294,9 @@ func (c *call) parts(src *source, pool *buffers, name, upload string, buf, next 
 	if src.o.SHA256 != nil {
 		sum = sha256.New()
 	}
-	group, ctx := errgroup.WithContext(c.ctx)
+	ctx, stop := context.WithCancel(c.ctx)
+	defer stop()
+	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(c.s.o.Parallel)
 	src.ctx = ctx
 	var mu sync.Mutex
@@ -323,7 +326,7 @@ func (c *call) parts(src *source, pool *buffers, name, upload string, buf, next 
 	send(buf, len(*buf))
 	send(next, m)
 	err := func() error {
-		for !src.done {
+		for !src.done && ctx.Err() == nil {
 			if number == maxParts {
 				return fmt.Errorf("%w: more than %d parts; announce the size, or raise the part size", blobstore.ErrInvalid, maxParts)
 			}
@@ -337,9 +340,12 @@ func (c *call) parts(src *source, pool *buffers, name, upload string, buf, next 
 		}
 		return nil
 	}()
-	if gerr := group.Wait(); gerr != nil {
-		err = gerr
+	if err != nil && ctx.Err() == nil {
+		stop() // what is under way is not wanted any more
+		_ = group.Wait()
+		return nil, err
 	}
+	err = cmp.Or(group.Wait(), err, c.ctx.Err())
 	if err == nil && sum != nil {
 		err = src.verify(sum.Sum(nil))
 	}

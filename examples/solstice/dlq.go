@@ -5,7 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/uptrace/bun"
@@ -44,7 +48,7 @@ func (l *letters) open(ctx context.Context, do func(queue.DeadLetterer) error) (
 	if l.AMQPURL == "" && l.AMQPURLFile == "" {
 		dir := ""
 		if l.DatabaseURL == "" && l.DatabaseURLFile == "" {
-			if dir, err = l.State.Open(); err != nil {
+			if dir, err = l.state(); err != nil {
 				return err
 			}
 		}
@@ -66,6 +70,16 @@ func (l *letters) open(ctx context.Context, do func(queue.DeadLetterer) error) (
 		return problem("cannot work on the dead letters of "+l.Topic, err, "")
 	}
 	return nil
+}
+
+// state is the state directory of an orchestrator, which has run.
+func (l *letters) state() (string, error) {
+	if l.StateDir != "" {
+		if _, err := os.Stat(filepath.Join(l.StateDir, "solstice.db")); errors.Is(err, fs.ErrNotExist) {
+			return "", unable("there is no queue in "+l.StateDir, nil, "give --state-dir of the orchestrator, --database-url or --amqp-url")
+		}
+	}
+	return l.State.Open()
 }
 
 // allLetters is how many at most are listed where all are meant.
@@ -151,7 +165,8 @@ type some struct {
 
 func (s *some) pick(ctx context.Context, l *letters, d queue.DeadLetterer) ([]string, error) {
 	if !s.All {
-		return s.IDs, nil
+		slices.Sort(s.IDs)
+		return slices.Compact(s.IDs), nil
 	}
 	found, err := d.DeadLetters(ctx, l.Topic, l.Group, allLetters)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"os"
 	"strings"
 	"testing"
 
@@ -109,13 +110,22 @@ func testDLQ(t *testing.T, variable, url string) {
 		u.solstice(args...).want(t, exitCouldNotRun)
 	}
 	u.solstice("dlq", "drop", topic, "none").want(t, exitCouldNotRun)
+	if variable == "DATABASE_URL" {
+		dir := t.TempDir()
+		u.env = []string{"STATE_DIR=" + dir}
+		u.solstice("dlq", "list", topic).want(t, exitCouldNotRun)
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("where there is no queue it made %v, %v", left, err)
+		}
+		u.env = []string{variable + "=" + url}
+	}
 	if got := list(); len(got) != len(msgs) {
 		t.Errorf("after refusals: %s", ids(got))
 	}
 	if got := ids(list("--group", "other")); got != "" {
 		t.Errorf("another group's: %s", got)
 	}
-	if out := u.ok("dlq", "replay", topic, "two"); out != "1 replayed\n" {
+	if out := u.ok("dlq", "replay", topic, "two", "two"); out != "1 replayed\n" {
 		t.Errorf("replay: %q", out)
 	}
 	d := next()

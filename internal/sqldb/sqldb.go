@@ -189,7 +189,12 @@ func tryTx(ctx context.Context, db *bun.DB, fn txFunc, alone bool) error {
 }
 
 func commit(tx bun.Tx) error {
-	err := tx.Commit()
+	return Commit(tx.Commit())
+}
+
+// Commit says of the error of a COMMIT whether the transaction may have
+// happened: it wraps ErrCommitUnknown then.
+func Commit(err error) error {
 	switch {
 	case err == nil:
 		return nil

@@ -39,6 +39,7 @@ type keeper struct {
 
 // keep begins to look after dir; stop is the script that stops what runs there.
 func keep(dir, stop string) (*keeper, error) {
+	keepInherited()
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err

@@ -102,8 +102,8 @@ func share[T any](kind string, launch func(dir string) (T, error)) (T, error) {
 	return v, errors.Join(os.WriteFile(said+".new", b, 0o600), os.Rename(said+".new", said))
 }
 
-// keepInherited keeps descriptors that this process was given from what it starts:
-// through them a server and its supervisor would be users themselves, without end.
+// keepInherited keeps descriptors that this process was given from what it
+// starts: servers and their supervisors would hold locks through them, without end.
 func keepInherited() {
 	open, _ := os.ReadDir("/dev/fd") // of Linux and macOS
 	for _, e := range open {

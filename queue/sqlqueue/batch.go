@@ -137,11 +137,11 @@ func (b *batch) execute(ctx context.Context) error {
 		_ = tx.Rollback() // the first error counts
 		return err
 	}
-	return unknownIfLost(tx.Commit())
+	return sqldb.Commit(tx.Commit())
 }
 
-// unknownIfLost marks the failure of a commit, or of a single statement, that
-// may have been applied.
+// unknownIfLost marks the failure of a single statement that may have been
+// applied.
 func unknownIfLost(err error) error {
 	if err == nil || definite(err) {
 		return err
@@ -149,8 +149,7 @@ func unknownIfLost(err error) error {
 	return fmt.Errorf("%w: %w", sqldb.ErrCommitUnknown, err)
 }
 
-// definite reports whether a failed commit or statement certainly left nothing
-// behind.
+// definite reports whether a failed statement certainly left nothing behind.
 func definite(err error) bool {
 	if errors.Is(err, sql.ErrTxDone) || errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || pgconn.SafeToRetry(err) {
 		return true
