@@ -169,6 +169,30 @@ func TestComposeFile(t *testing.T) {
 	}
 }
 
+// TestSecretsStayOut: what README.md has people make is neither committed nor
+// sent to the builder of the image, which could not read all of it.
+func TestSecretsStayOut(t *testing.T) {
+	dir := t.TempDir()
+	if out, err := exec.Command("git", "init", "-q", dir).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if err := os.WriteFile(filepath.Join(dir, ".gitignore"), []byte(read(t, ".gitignore")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for file, want := range map[string]int{ // exit codes of git
+		"compose.env": 0, "orchestrator.env": 0, "certificates/ca.key": 0, "repositories/r.git/HEAD": 0,
+		"compose.env.example": 1, "compose.yaml": 1,
+	} {
+		git := exec.Command("git", "-C", dir, "check-ignore", "-q", file)
+		if err := git.Run(); git.ProcessState.ExitCode() != want {
+			t.Errorf("whether git ignores %s: %v, want exit status %d", file, err, want)
+		}
+	}
+	if !strings.Contains(read(t, "Dockerfile.dockerignore"), "\nexamples/deploy\n") {
+		t.Error("the directory with the secrets is part of what the image is built from")
+	}
+}
+
 // TestUnits: systemd takes them, jobs outlive the service, and the variables in
 // them are the program's.
 func TestUnits(t *testing.T) {
@@ -249,6 +273,16 @@ func TestFleetCertificates(t *testing.T) {
 	var names []string
 	for _, e := range entries {
 		names = append(names, e.Name())
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if secret := strings.HasSuffix(e.Name(), ".key"); secret && info.Mode().Perm() != 0o600 {
+			t.Errorf("%s has mode %v", e.Name(), info.Mode())
+		}
+	}
+	if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o755 { // orchestrators are another user
+		t.Errorf("the directory has mode %v, %v", info.Mode(), err)
 	}
 	if want := []string{"ca.key", "ca.pem", "ca.srl", "orchestrator.key", "orchestrator.pem"}; !slices.Equal(names, want) {
 		t.Errorf("files %v, want %v", names, want)
