@@ -68,22 +68,31 @@ func (s *space) err() error {
 }
 
 // look measures, and reports whether the answer is another one than before.
-// odd are directories that cannot be measured, each once.
+// odd are directories that cannot be measured, each once. Measuring may hang,
+// on a network file system that is away, so nobody waits for it.
 func (s *space) look() (why string, changed bool, odd []error) {
+	free, errs := map[string]int64{}, map[string]error{}
+	for _, dir := range s.Dirs {
+		if n, err := s.free(dir); err != nil {
+			errs[dir] = err
+		} else {
+			free[dir] = n
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if time.Since(s.failed) < s.recent {
 		why = s.failure.Error()
 	}
 	for _, dir := range s.Dirs {
-		n, err := s.free(dir)
-		if err != nil {
+		if err := errs[dir]; err != nil {
 			if !s.unknown[dir] && !errors.Is(err, errors.ErrUnsupported) {
 				odd = append(odd, fmt.Errorf("%s: %w", dir, err))
 			}
 			s.unknown[dir] = true
 			continue
 		}
+		n := free[dir]
 		s.unknown[dir] = false
 		s.bytes[dir] = n
 		need := s.MinFree
