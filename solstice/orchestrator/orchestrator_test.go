@@ -317,15 +317,30 @@ func TestFirstToken(t *testing.T) {
 		if made == "" || first() != made {
 			t.Error("not made, or made again")
 		}
-		// As if a crash had come between the file and the token.
+		// What was revoked stays so.
 		if err := r.tokens.Revoke(ctx, "admin"); err != nil {
 			t.Fatal(err)
 		}
-		if again := first(); again != made {
-			t.Error("the secret that was written before a crash is not used")
+		again := first()
+		if err := works(made); status.Code(err) != codes.Unauthenticated {
+			t.Errorf("with the token that was revoked: %v", err)
 		}
-		if err := works(made); err != nil {
-			t.Errorf("with the token: %v", err)
+		if err := works(again); err != nil {
+			t.Errorf("with the token after it: %v", err)
+		}
+		// As if a crash had come between the secret and the token, and between the
+		// token and its file.
+		made = again
+		for _, crash := range []func() error{func() error { return r.tokens.Revoke(ctx, "admin") }, func() error { return nil }} {
+			if err := errors.Join(crash(), os.Rename(file, file+".new")); err != nil {
+				t.Fatal(err)
+			}
+			if again := first(); again != made {
+				t.Error("the secret that was written before a crash is not used")
+			}
+			if err := works(made); err != nil {
+				t.Errorf("with the token: %v", err)
+			}
 		}
 		// Another orchestrator has a directory of its own, and takes nothing away.
 		if err := r.tokens.First(ctx, filepath.Join(t.TempDir(), "admin.token")); err != nil {
@@ -357,6 +372,11 @@ func TestFirstToken(t *testing.T) {
 		}
 		if len(left) != 1 {
 			t.Fatalf("%d files are left, want one", len(left))
+		}
+		for _, f := range files {
+			if _, err := os.Stat(f + ".new"); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("what was begun is left: %v", err)
+			}
 		}
 		if err := works(left[0]); err != nil {
 			t.Errorf("with what is left: %v", err)

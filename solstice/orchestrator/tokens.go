@@ -188,36 +188,41 @@ func timeOf(micros int64) time.Time {
 const firstName = "admin"
 
 // First makes an admin token and writes it to a file of mode 0600, if there is
-// no token: none can be made otherwise. The file comes first, so that a crash in
-// between leaves a secret of which the next call makes the token. Of several
-// orchestrators that start at once one makes it; the others' files go.
+// no token: none can be made otherwise. Its secret is in a file beside it first,
+// so that a crash leaves nothing that the next call does not bring to its end. Of
+// several orchestrators that start at once one makes the token, and only its file
+// appears. A secret whose token was revoked never comes back.
 func (t *Tokens) First(ctx context.Context, file string) error {
+	begun := file + ".new"
 	have, err := t.List(ctx)
-	if err != nil || len(have) > 0 {
+	if err != nil {
 		return err
 	}
-	kept, err := os.ReadFile(file)
+	kept, err := os.ReadFile(begun)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	secret := strings.TrimSuffix(string(kept), "\n")
-	switch {
-	case errors.Is(err, fs.ErrNotExist) || err == nil && !secretForm.MatchString(secret):
-		secret = newSecret()
-		if err := writeSecret(file, secret+"\n"); err != nil {
+	if len(have) == 0 {
+		if !secretForm.MatchString(secret) {
+			secret = newSecret()
+			if err := writeSecret(begun, secret+"\n"); err != nil {
+				return err
+			}
+		}
+		if _, err := t.create(ctx, firstName, Admin, 0, secret); err != nil && !errors.Is(err, ErrExists) { // another orchestrator's
 			return err
 		}
+	} else if kept == nil {
+		return nil
+	}
+	switch _, err := t.role(ctx, secret); {
+	case status.Code(err) == codes.Unauthenticated:
+		return os.Remove(begun)
 	case err != nil:
 		return err
 	}
-	_, err = t.create(ctx, firstName, Admin, 0, secret)
-	if errors.Is(err, ErrExists) { // another orchestrator's, or of another call here
-		role, rerr := t.role(ctx, secret)
-		if status.Code(rerr) == codes.Unauthenticated {
-			return os.Remove(file)
-		}
-		if err = rerr; err == nil && role != Admin {
-			err = fmt.Errorf("orchestrator: the token in %s is not an admin's", file)
-		}
-	}
-	return err
+	return rename(begun, file)
 }
 
 // writeSecret makes a file appear with all of its content, durably.
@@ -232,10 +237,15 @@ func writeSecret(file, content string) (err error) {
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), file); err != nil {
+	return rename(f.Name(), file)
+}
+
+// rename is durable.
+func rename(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
 		return err
 	}
-	d, err := os.Open(dir)
+	d, err := os.Open(filepath.Dir(to))
 	if err != nil {
 		return err
 	}
