@@ -3,12 +3,15 @@ package solstice
 import (
 	"context"
 	"errors"
+	"iter"
 	"testing"
 	"time"
 
 	"github.com/solstice-ci/solstice-go/blobstore"
 	"github.com/solstice-ci/solstice-go/blobstore/memblob"
+	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/testenv"
+	"github.com/solstice-ci/solstice-go/solstice/logstream"
 )
 
 // ailing is a store that can be swept and asked for its health.
@@ -43,6 +46,55 @@ func TestUnfinishedPutsAreSwept(t *testing.T) {
 	s.err = errors.New("the blob store is away")
 	if _, err := (&collector{e: e}).pass(t.Context()); !errors.Is(err, s.err) {
 		t.Errorf("a sweep that fails: %v", err)
+	}
+}
+
+// aged is a store of objects that are a year old.
+type aged struct{ blobstore.Store }
+
+func (a aged) List(ctx context.Context, o blobstore.ListOptions) iter.Seq2[blobstore.Info, error] {
+	return func(yield func(blobstore.Info, error) bool) {
+		for info, err := range a.Store.List(ctx, o) {
+			info.ModTime = info.ModTime.AddDate(-1, 0, 0)
+			if !yield(info, err) {
+				return
+			}
+		}
+	}
+}
+
+// TestInstallationsShareBlobs: the sweep of one leaves the logs of another alone.
+func TestInstallationsShareBlobs(t *testing.T) {
+	blobs := aged{memblob.New()}
+	var engines []*Engine
+	for range 2 {
+		a := newArchive(t, testenv.SQLite(t))
+		e, err := New(Config{DB: a.db, Queue: a.queue, Blobs: blobs, Forges: map[string]forge.Forge{"local": a.forge}})
+		a.must(err)
+		t.Cleanup(func() { a.must(e.Close()) })
+		engines = append(engines, e)
+	}
+	ctx, stream := t.Context(), "a/log"
+	if _, err := engines[0].logs.Append(ctx, stream, logstream.AppendOptions{Epoch: 1}, 0, []byte("hi\n")); err != nil {
+		t.Fatal(err)
+	}
+	if err := engines[0].logs.Seal(ctx, stream, logstream.SealOptions{Epoch: 1, Size: 3}); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range engines {
+		if err := (&collector{e: e}).sweep(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var got []byte
+	for c, err := range engines[0].logs.Tail(ctx, stream, 0) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, c.Data...)
+	}
+	if string(got) != "hi\n" {
+		t.Errorf("the log is %q", got)
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"maps"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -89,7 +90,10 @@ func New(cfg Config) (*Engine, error) {
 		return nil, fmt.Errorf("solstice: open state: %w", err)
 	}
 	if e.logs = cfg.Logs; e.logs == nil {
-		if e.logs, err = bloblog.New(cfg.Blobs, e.store.LogIndex(), bloblog.Options{}); err != nil {
+		// The sweep takes what this database does not list for nobody's: where
+		// installations share a store, each keeps to its own part.
+		prefix := "logs/" + strings.ReplaceAll(e.store.Installation(), "-", "") + "/"
+		if e.logs, err = bloblog.New(cfg.Blobs, e.store.LogIndex(), bloblog.Options{Prefix: prefix}); err != nil {
 			return nil, fmt.Errorf("solstice: open logs: %w", err)
 		}
 		e.ownLogs = true
