@@ -96,6 +96,7 @@ func TestTakeOver(t *testing.T) {
 
 func takeOver(t *testing.T, url string, warm int) {
 	p := newPlant(t, url)
+	p.Timing.AgentDeadline, p.Timing.Heartbeat = 2*time.Minute, 2*time.Second // a busy machine is slow at handshakes
 	victimAddr, survivorAddr := freeAddr(t), freeAddr(t)
 	p.Contacts = []string{cutting(t, victimAddr, 64<<10), cutting(t, survivorAddr, 64<<10)}
 	p.Warm = warm

@@ -12,6 +12,7 @@ import (
 	"github.com/cenkalti/backoff/v5"
 
 	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/sqldb"
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/solstice/api/messages"
@@ -317,10 +318,8 @@ func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message, r RunReq
 	if r.IdempotencyKey == "" && r.Event.Delivery == "" {
 		r.IdempotencyKey = "message/" + m.ID
 	}
-	_, err := e.Submit(ctx, r)
+	err := e.submitPatiently(ctx, r)
 	switch {
-	case errors.Is(err, ErrNoSpace): // another engine may have room
-		return queue.RetryAfter(5*time.Second, err)
 	case errors.Is(err, ErrInvalid), errors.Is(err, forge.ErrNotFound), errors.Is(err, forge.ErrInvalid):
 		return queue.Discard(err)
 	case errors.Is(err, ErrNoWorkflow):
@@ -328,6 +327,29 @@ func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message, r RunReq
 		return nil
 	}
 	return err
+}
+
+// patience is how long a run request is held while the database is away or full,
+// which costs it none of its deliveries: shorter than brokers leave a message
+// with one reader (RabbitMQ: 30 minutes).
+const patience = 10 * time.Minute
+
+func (e *Engine) submitPatiently(ctx context.Context, r RunRequest) error {
+	until := time.Now().Add(patience)
+	for said := false; ; said = true {
+		_, err := e.Submit(ctx, r)
+		if !errors.Is(err, ErrNoSpace) && !sqldb.IsRetryable(err) || time.Now().After(until) {
+			return err
+		}
+		if !said {
+			e.log.WarnContext(ctx, "run request waits", "repo", r.Repo.FullName(), "commit", r.Commit, "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(e.cfg.Timing.Tick):
+		}
+	}
 }
 
 func (e *Engine) handleStatus(ctx context.Context, _ queue.Message, s messages.Status) error {

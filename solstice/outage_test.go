@@ -23,6 +23,7 @@ import (
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/queue"
+	"github.com/solstice-ci/solstice-go/queue/memqueue"
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/api/messages"
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -54,6 +55,8 @@ func hear(t *testing.T) (*heardLog, func(*solstice.Config)) {
 	l := &heardLog{testLog: testLog{t: t}}
 	return l, func(c *solstice.Config) { c.Logger = slog.New(slog.NewTextHandler(l, nil)) }
 }
+
+const echo = "checkout: false\njobs: { a: { steps: [ { run: echo hi } ] } }\n"
 
 // gated is a workflow of n jobs that say that they run, and end once the gate
 // is there.
@@ -151,6 +154,59 @@ func TestDatabaseOutage(t *testing.T) {
 			open()
 			ranOnce(t, p, eng, finish(t, eng, r.ID))
 		})
+	}
+}
+
+// onceQueue counts the messages that are not settled when they are delivered
+// first.
+type onceQueue struct {
+	queue.Queue
+	again atomic.Int64
+}
+
+func (q *onceQueue) Subscribe(ctx context.Context, topic string, o queue.SubscribeOptions) (queue.Subscription, error) {
+	sub, err := q.Queue.Subscribe(ctx, topic, o)
+	return onceSubscription{sub, q}, err
+}
+
+type onceSubscription struct {
+	queue.Subscription
+	q *onceQueue
+}
+
+func (s onceSubscription) Next(ctx context.Context) (queue.Delivery, error) {
+	d, err := s.Subscription.Next(ctx)
+	if err == nil && d.Attempt() > 1 {
+		s.q.again.Add(1)
+	}
+	return d, err
+}
+
+// TestRunRequestInOutage: a request that comes while the database is away waits,
+// and has none of its deliveries used up.
+func TestRunRequestInOutage(t *testing.T) {
+	server := testenv.StartPostgres(t)
+	p := newPlant(t, server.Database(t))
+	heard, log := hear(t)
+	q := &onceQueue{Queue: memqueue.New()}
+	eng, _ := p.start(t, log, func(c *solstice.Config) { c.Queue = q })
+	commit := p.commit(t, map[string]string{".solstice/workflow.yaml": echo})
+	m, err := messages.Encode(messages.RunRequest{Repo: forge.Repo{Name: "repo"}, Commit: commit, IdempotencyKey: "key"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.Kill(t)
+	if err := q.Publish(t.Context(), messages.TopicRunRequest, []queue.Message{m}, queue.PublishOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it waits", func() bool { return heard.said("run request waits") })
+	server.Start(t)
+	eventually(t, "it is accepted", func() bool {
+		runs, err := eng.Runs(t.Context(), solstice.RunFilter{})
+		return err == nil && len(runs) == 1 && finish(t, eng, runs[0].ID).State == solstice.RunSucceeded
+	})
+	if n := q.again.Load(); n != 0 {
+		t.Errorf("delivered %d times more", n)
 	}
 }
 

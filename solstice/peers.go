@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"iter"
+	"log/slog"
 	"time"
 
 	"github.com/solstice-ci/solstice-go/internal/store"
@@ -53,14 +54,18 @@ func (t *peerTail) follow(ctx context.Context, yield func(logstream.Chunk, error
 		return yield(c, nil)
 	}
 	for {
-		if peer := t.peer(ctx); peer != "" {
+		if peer, err := t.peer(ctx); err == nil && peer != "" {
 			stopped, moved, err := t.read(ctx, peer, pass)
 			if stopped || err == nil {
 				return
 			}
 			if !moved {
+				level := slog.LevelDebug
+				if peer != t.failed {
+					level = slog.LevelWarn
+				}
+				t.e.log.Log(ctx, level, "peer does not tell a log", "peer", peer, "attempt", t.attempt.ID, "error", err)
 				t.failed, t.failedT = peer, time.Now()
-				t.e.log.DebugContext(ctx, "peer does not tell a log", "peer", peer, "attempt", t.attempt.ID, "error", err)
 			}
 		}
 		stopped, moved, err := t.read(ctx, "", pass)
@@ -107,12 +112,12 @@ func (t *peerTail) read(ctx context.Context, peer string, pass func(logstream.Ch
 }
 
 // peer is the one to ask now; empty: none.
-func (t *peerTail) peer(ctx context.Context) string {
+func (t *peerTail) peer(ctx context.Context) (string, error) {
 	addr, err := t.e.store.AttemptPeer(ctx, t.attempt.ID, t.e.id)
 	if err != nil || addr == t.failed && time.Since(t.failedT) < peerRetry {
-		return ""
+		return "", err
 	}
-	return addr
+	return addr, nil
 }
 
 // watch ends a reading once there is another peer to ask, or none.
@@ -124,7 +129,8 @@ func (t *peerTail) watch(ctx context.Context, peer string, cancel context.Cancel
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			if t.peer(ctx) != peer {
+			// Without an answer it is read on as it was.
+			if now, err := t.peer(ctx); err == nil && now != peer {
 				cancel(errMoved)
 				return
 			}

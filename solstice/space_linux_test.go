@@ -108,8 +108,6 @@ func (d *disk) healthy(p *plant) {
 	}
 }
 
-const echo = "checkout: false\njobs: { a: { steps: [ { run: echo hi } ] } }\n"
-
 // TestLowWater: below the mark nothing is accepted and no job begun, and the
 // engine says so, once; what is under way goes on; above it all goes on.
 func TestLowWater(t *testing.T) {

@@ -92,7 +92,6 @@ func TestEveryVariableIsDocumented(t *testing.T) {
 type compose struct {
 	Services map[string]struct {
 		Image       string            `yaml:"image"`
-		Hostname    string            `yaml:"hostname"`
 		EnvFile     string            `yaml:"env_file"`
 		Environment map[string]string `yaml:"environment"`
 		Volumes     []string          `yaml:"volumes"`
@@ -144,9 +143,6 @@ func TestComposeFile(t *testing.T) {
 			continue
 		}
 		orchestrators++
-		if s.Hostname != name { // a new container would not know its machines
-			t.Errorf("%s has the host name %q", name, s.Hostname)
-		}
 		if s.EnvFile == "" || !present(s.EnvFile+".example") || !strings.Contains(readme, s.EnvFile) {
 			t.Errorf("%s: env_file %q has no example, or the README does not tell of it", name, s.EnvFile)
 		}

@@ -6,13 +6,16 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -357,16 +360,34 @@ func (f *flags) pools(dir string, cfg *solstice.Config, open *closers) error {
 
 // machinesHost names a directory of machines: orchestrators that share it share
 // its capacity and look after each other's machines; those with directories of
-// their own, also on one computer, do not.
+// their own, also on one computer, do not. The name is made once and kept in the
+// directory, since computers change their names, and several may have the same.
 func machinesHost(root string) (string, error) {
-	name, err := os.Hostname()
+	file := filepath.Join(root, ".host")
+	if kept, err := os.ReadFile(file); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return string(kept), err
+	}
+	computer, err := os.Hostname()
 	if err != nil {
 		return "", err
 	}
-	if root, err = filepath.Abs(root); err != nil {
+	if err := os.MkdirAll(root, 0o700); err != nil {
 		return "", err
 	}
-	return name + ":" + root, nil
+	f, err := os.CreateTemp(root, ".host-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.Remove(f.Name()) }()
+	_, err = f.WriteString(computer + "-" + strings.ToLower(rand.Text()[:8]))
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return "", err
+	}
+	if err := os.Link(f.Name(), file); err != nil && !errors.Is(err, fs.ErrExist) { // by another one that starts
+		return "", err
+	}
+	kept, err := os.ReadFile(file)
+	return string(kept), err
 }
 
 func problem(what string, err error, advice string) error {
