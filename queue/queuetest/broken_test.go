@@ -135,6 +135,12 @@ func broken() []breach {
 			slices.Reverse(ls)
 			return ls
 		}}},
+		{"DeadLetters: a limit takes the newest", faults{letters: func(ls []queue.DeadLetter) []queue.DeadLetter {
+			if len(ls) == 2 {
+				slices.Reverse(ls)
+			}
+			return ls
+		}}},
 		{"DeadLetters: replayed to every group", faults{replay: func(ctx context.Context, h *handle, topic, group string, ids []string) (int, error) {
 			n, err := h.disk.Drop(ctx, topic, group, ids...)
 			for range n {
