@@ -1,9 +1,20 @@
 package amqpqueue
 
 import (
+	"fmt"
 	"net"
 	"sync"
+	"time"
 )
+
+// lastWords is how long reading may go on once writing failed: the broker may
+// have said why before it hung up.
+const lastWords = time.Second
+
+// tlsAlert begins an alert of TLS (RFC 8446, section 5.1), and no frame of AMQP.
+const tlsAlert = 0x15
+
+var errSpeaksTLS = fmt.Errorf("%w: the broker speaks it here, so the URL has to begin with amqps", ErrTLS)
 
 // keepBuffer is the largest write buffer that is kept for reuse.
 const keepBuffer = 1 << 20
@@ -20,6 +31,7 @@ type transport struct {
 	buf     []byte
 	err     error
 	readErr error
+	heard   bool          // the reader's: something came
 	wake    chan struct{} // capacity 1
 	stopped chan struct{}
 	once    sync.Once
@@ -73,7 +85,8 @@ func (t *transport) flush() {
 	}
 }
 
-// fail has later writes fail, and ends the reader, which tells the library.
+// fail has later writes fail, and sees to it that the reader ends, which tells
+// the library.
 func (t *transport) fail(err error) {
 	t.mu.Lock()
 	if t.err == nil {
@@ -81,12 +94,17 @@ func (t *transport) fail(err error) {
 	}
 	t.buf = nil
 	t.mu.Unlock()
-	_ = t.Close()
+	time.AfterFunc(lastWords, func() { _ = t.Close() })
 }
 
 // Read implements net.Conn.
 func (t *transport) Read(p []byte) (int, error) {
 	n, err := t.Conn.Read(p)
+	if n > 0 && !t.heard {
+		if t.heard = true; p[0] == tlsAlert {
+			err = errSpeaksTLS
+		}
+	}
 	if err != nil {
 		t.mu.Lock()
 		if t.readErr == nil {

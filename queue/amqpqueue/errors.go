@@ -54,7 +54,7 @@ func classifyDial(err error, where string) error {
 	_, isDNS := errors.AsType[*net.DNSError](err)
 	ne, isNet := errors.AsType[net.Error](err)
 	switch {
-	case isTLS(err):
+	case isTLS(err), errors.Is(err, ErrTLS):
 		reason = ErrTLS
 	case isDNS:
 		reason = ErrHostNotFound
@@ -116,7 +116,13 @@ func hasCode(err error, code int) bool {
 	return ok && ae.Server && ae.Code == code
 }
 
+// isTLS says that TLS failed on this side or, which is an alert, on the other:
+// in TLS 1.3 a client learns only after its handshake that the server refuses its
+// certificate.
 func isTLS(err error) bool {
+	if op, ok := errors.AsType[*net.OpError](err); ok && (op.Op == "remote error" || op.Op == "local error") {
+		return true // what crypto/tls calls alerts, whose type it keeps to itself
+	}
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return true
 	}

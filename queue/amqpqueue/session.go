@@ -19,7 +19,10 @@ import (
 
 // Kept bare for comparisons without a search through wrapped errors.
 var (
-	errClosed   = queue.ErrClosed
+	errClosed = queue.ErrClosed
+	// errNoCertificate: nothing to show to a broker that asks.
+	errNoCertificate = errors.New("the broker asks for one, none was given")
+
 	errReturned = errors.New("amqpqueue: message returned as unroutable")
 )
 
@@ -76,13 +79,14 @@ func (q *Queue) connect(ctx context.Context) (*session, error) {
 }
 
 func (q *Queue) open(ctx context.Context, c net.Conn, where string) (*session, error) {
+	var shown error // what was wrong with our certificate
 	if q.uri.Scheme == "amqps" {
-		tc := tls.Client(c, q.tls)
+		tc := tls.Client(c, q.identified(&shown))
 		if err := tc.HandshakeContext(ctx); err != nil {
 			if !isTLS(err) && ctx.Err() == nil {
 				err = fmt.Errorf("%w: %w", ErrTLS, err)
 			}
-			return nil, classifyDial(err, where)
+			return nil, because(classifyDial(err, where), shown)
 		}
 		c = tc
 	}
@@ -95,7 +99,7 @@ func (q *Queue) open(ctx context.Context, c net.Conn, where string) (*session, e
 		SASL: q.sasl, Vhost: q.uri.Vhost, Heartbeat: q.o.Heartbeat, Properties: properties, Locale: "en_US",
 	})
 	if err != nil {
-		return s, classifyOpen(err, s.raw.cause(), where)
+		return s, because(classifyOpen(err, s.raw.cause(), where), shown)
 	}
 	s.conn = conn
 	closes := conn.NotifyClose(make(chan *amqp.Error, 1))
@@ -122,6 +126,33 @@ func (q *Queue) open(ctx context.Context, c net.Conn, where string) (*session, e
 		return s, fmt.Errorf("connect to %s: %w", where, classify(err))
 	}
 	return s, nil
+}
+
+// identified is the TLS configuration of a connection, which notes when the
+// broker asks for a certificate that we have not: its alert often does not say.
+func (q *Queue) identified(shown *error) *tls.Config {
+	if q.tls.GetClientCertificate != nil {
+		return q.tls
+	}
+	c := q.tls.Clone()
+	c.GetClientCertificate = func(r *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		*shown = errNoCertificate
+		for i := range c.Certificates {
+			if *shown = r.SupportsCertificate(&c.Certificates[i]); *shown == nil {
+				return &c.Certificates[i], nil
+			}
+		}
+		return new(tls.Certificate), nil
+	}
+	return c
+}
+
+// because adds to a failure of TLS what was wrong with our certificate.
+func because(err, shown error) error {
+	if shown == nil || !errors.Is(err, ErrTLS) {
+		return err
+	}
+	return fmt.Errorf("%w; client certificate: %w", err, shown)
 }
 
 // prepare opens the channels that every session has.

@@ -189,6 +189,46 @@ func TestBrokerOpens(t *testing.T) {
 	}
 }
 
+// TestBrokerTLS: a problem with certificates is told from all others.
+func TestBrokerTLS(t *testing.T) {
+	ours, theirs := testenv.NewAuthority(t), testenv.NewAuthority(t)
+	server := testenv.StartRabbitMQ(t, testenv.RabbitMQOptions{TLS: ours})
+	cert := ours.Issue(t, "client")
+	for _, c := range []struct {
+		name         string
+		change       func(*Broker)
+		says, advice string
+	}{
+		{"both sides known", func(*Broker) {}, "", ""},
+		{"authority not given", func(b *Broker) { b.AMQPCA = "" }, "unknown authority", "--amqp-ca"},
+		{"authority of somebody else", func(b *Broker) { b.AMQPCA = theirs.File }, "unknown authority", "--amqp-ca"},
+		{"no client certificate", func(b *Broker) { b.AMQPCert, b.AMQPKey = "", "" }, "none was given", "--amqp-cert"},
+		{"host name", func(b *Broker) { b.AMQPURL += "?server_name_indication=elsewhere.example" }, "elsewhere.example", "amqps://"},
+		{"amqp where amqps is", func(b *Broker) { b.AMQPURL = strings.Replace(b.AMQPURL, "amqps:", "amqp:", 1) }, "amqps", "amqp:// against amqps://"},
+		{"amqps where amqp is", func(b *Broker) { b.AMQPURL = strings.Replace(server.URL(""), "amqp:", "amqps:", 1) }, "TLS", "amqp:// against amqps://"},
+		{"password", func(b *Broker) { b.AMQPURL = strings.Replace(b.AMQPURL, ":guest@", ":hunter2@", 1) }, "password", "correct user and password"},
+		{"virtual host", func(b *Broker) { b.AMQPURL = server.TLSURL("none") }, "virtual host", "create the virtual host"},
+	} {
+		b := broker(server.TLSURL(""))
+		b.AMQPCA, b.AMQPCert, b.AMQPKey = ours.File, cert.Cert, cert.Key
+		c.change(&b)
+		q, err := b.Open(t.Context(), nil, nil)
+		if err == nil {
+			_ = q.Close()
+		}
+		if c.says == "" {
+			if err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+			continue
+		}
+		p, ok := errors.AsType[*daemon.Problem](err)
+		if !ok || !strings.Contains(p.Advice, c.advice) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: error %v, want %q and advice about %q", c.name, err, c.says, c.advice)
+		}
+	}
+}
+
 func TestBrokerProblemsHaveAdvice(t *testing.T) {
 	url := testenv.RabbitMQ(t)
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
