@@ -116,9 +116,14 @@ func micros(t amqp.Table, key string) time.Time {
 	return time.Time{}
 }
 
+// count is a number that others may have made up.
+func count(t amqp.Table, key string) int {
+	return int(min(max(number(t, key), 0), noLimit))
+}
+
 // attempt counts the deliveries of a message to its group, this one included.
 func attempt(d *amqp.Delivery) int {
-	return int(number(d.Headers, headerAttempt) + number(d.Headers, headerDeliveries) + 1)
+	return count(d.Headers, headerAttempt) + count(d.Headers, headerDeliveries) + 1
 }
 
 // letterHeaders are those of a dead letter.
@@ -145,7 +150,7 @@ func letter(d *amqp.Delivery, topic, group string) queue.DeadLetter {
 	l := queue.DeadLetter{Message: decode(d), Topic: topic, Group: group, Time: micros(d.Headers, headerDied)}
 	l.Message.NotBefore = time.Time{}
 	if _, ours := d.Headers[headerDied]; ours {
-		l.Attempt = int(number(d.Headers, headerAttempt))
+		l.Attempt = count(d.Headers, headerAttempt)
 		l.Reason, _ = d.Headers[headerReason].(string)
 		return l
 	}
@@ -154,7 +159,7 @@ func letter(d *amqp.Delivery, topic, group string) queue.DeadLetter {
 		if death, ok := deaths[0].(amqp.Table); ok {
 			reason, _ := death["reason"].(string)
 			if l.Reason += ": " + reason; reason == "delivery_limit" {
-				l.Attempt = int(number(d.Headers, headerAttempt)) + deliveryLimit + 1
+				l.Attempt = count(d.Headers, headerAttempt) + deliveryLimit + 1
 			}
 			if at, ok := death["time"].(time.Time); ok {
 				l.Time = at

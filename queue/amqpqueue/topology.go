@@ -16,7 +16,8 @@ const (
 	// for readers that die of it before this package can count; RabbitMQ 4
 	// would assume 20.
 	deliveryLimit = 1000
-	// noLimit is for dead letters, which looking at them delivers.
+	// noLimit is for dead letters, which looking at them delivers. Nothing is
+	// counted further.
 	noLimit = 1 << 30
 	// The delays of the tiers: from the first, each the double of the one before.
 	firstTier = 100 * time.Millisecond
