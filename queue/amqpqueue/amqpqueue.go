@@ -33,6 +33,8 @@
 //     for a topic with other readers are lost to that group, until a reader of
 //     it, which notices at once, has declared the queue anew. Without other
 //     readers Publish declares it.
+//   - Dead letters are in the hand of who looks at them, one at a time, and come
+//     back in any order: see DeadLetters, which sorts them.
 //   - A broadcast reader misses what is published while it is disconnected.
 //   - RabbitMQ 3 writes what is declared to disk some seconds later, but confirms
 //     messages at once: one that is killed within seconds of a topic's first use
@@ -41,6 +43,7 @@
 // # Metrics
 //
 //	messaging.client.sent.messages       counter, by messaging.destination.name (the topic) and error.type
+//	messaging.client.consumed.messages   counter, by messaging.destination.name (the topic) and messaging.consumer.group.name
 //	messaging.client.operation.duration  histogram in seconds, from Publish to the last confirm
 //	solstice.amqp.connected              gauge: 1 while connected
 //	solstice.amqp.blocked                gauge: 1 while the broker takes no messages (memory or disk alarm)
@@ -48,9 +51,13 @@
 //	solstice.amqp.returned               counter: messages that found no queue at first
 //	solstice.amqp.resubscribes           counter: readers that lost their channel or queue and got another
 //
-// Publish makes a producer span with the attributes of OTel's conventions for
-// RabbitMQ (https://opentelemetry.io/docs/specs/semconv/messaging/rabbitmq/);
-// callers put the trace into messages with queue.Inject.
+// Publish makes the producer span "publish TOPIC". A delivery to a group has the
+// client span "receive TOPIC", in the trace that callers of Publish put into the
+// message with queue.Inject, and "ack TOPIC" or "nack TOPIC", in the trace of who
+// settles it. Attributes are those of OTel's conventions for RabbitMQ
+// (https://opentelemetry.io/docs/specs/semconv/messaging/rabbitmq/), so
+// messaging.destination.name is EXCHANGE:KEY, of deliveries EXCHANGE:KEY:QUEUE.
+// No span holds bodies.
 package amqpqueue
 
 import (

@@ -22,19 +22,22 @@ type delivery struct {
 	msg     queue.Message
 	attempt int
 	settled bool // guarded by subscription.mu
+
+	exchange, key string // it came through, for spans
+	came          time.Time
 }
 
 // arrive takes a delivery from the broker: to a call that waits for it, or, when
 // it is not to be delivered, elsewhere.
 func (s *subscription) arrive(f *feed, c *consumer, in *amqp.Delivery) {
-	d := &delivery{sub: s, feed: f, from: c, tag: in.DeliveryTag, msg: decode(in), attempt: attempt(in)}
+	d := &delivery{sub: s, feed: f, from: c, tag: in.DeliveryTag, msg: decode(in), attempt: attempt(in), exchange: in.Exchange, key: in.RoutingKey, came: time.Now()}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if f.ended {
 		return
 	}
 	c.unsettled++
-	f.latest, f.came = time.Now(), true
+	f.latest, f.came = d.came, true
 	if !c.cancelled {
 		f.credit--
 	}
@@ -145,7 +148,8 @@ func (d *delivery) Ack(ctx context.Context) error {
 	if err := d.take(ctx); err != nil {
 		return err
 	}
-	return d.settle(false)
+	_, end := d.sub.q.m.settling(ctx, d, "ack")
+	return end(d.settle(false))
 }
 
 // Nack implements queue.Delivery. When a message with a delay, or a dead letter,
@@ -154,6 +158,11 @@ func (d *delivery) Nack(ctx context.Context, o queue.NackOptions) error {
 	if err := d.take(ctx); err != nil {
 		return err
 	}
+	ctx, end := d.sub.q.m.settling(ctx, d, "nack")
+	return end(d.refuse(ctx, o))
+}
+
+func (d *delivery) refuse(ctx context.Context, o queue.NackOptions) error {
 	s := d.sub
 	var err error
 	switch {

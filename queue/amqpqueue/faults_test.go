@@ -36,9 +36,26 @@ func until(t *testing.T, what string, ok func() bool) {
 	}
 }
 
+// withReasons fails the test where a record has an error that is none: it has to
+// say why.
+type withReasons struct {
+	slog.Handler
+	t *testing.T
+}
+
+func (h withReasons) Handle(ctx context.Context, r slog.Record) error {
+	r.Attrs(func(a slog.Attr) bool {
+		if a.Key == "error" && a.Value.Any() == nil {
+			h.t.Errorf("logged without a reason: %s", r.Message)
+		}
+		return true
+	})
+	return h.Handler.Handle(ctx, r)
+}
+
 func withURL(t *testing.T, o amqpqueue.Options) *amqpqueue.Queue {
 	t.Helper()
-	o.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
+	o.Logger = slog.New(withReasons{slog.NewTextHandler(t.Output(), nil), t})
 	q, err := amqpqueue.Open(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)

@@ -30,6 +30,7 @@ func (l *listener) Next(ctx context.Context) (queue.Delivery, error) {
 	}
 	select {
 	case m := <-l.heard:
+		l.q.m.consumed.Add(ctx, 1, l.consumes)
 		return heard{m}, nil
 	case <-l.ctx.Done():
 		return nil, errClosed

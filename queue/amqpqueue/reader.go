@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+	"go.opentelemetry.io/otel/metric"
 )
 
 // reader is what subscriptions of both kinds have in common: they begin, are
@@ -14,6 +15,7 @@ import (
 type reader struct {
 	q            *Queue
 	topic, group string
+	consumes     metric.MeasurementOption
 	ctx          context.Context // ended by Close
 	cancel       context.CancelFunc
 	begun        chan error    // capacity 1: nil once it reads, or why it can't
@@ -21,7 +23,7 @@ type reader struct {
 }
 
 func newReader(q *Queue, topic, group string) *reader {
-	r := &reader{q: q, topic: topic, group: group, begun: make(chan error, 1), finished: make(chan struct{})}
+	r := &reader{q: q, topic: topic, group: group, consumes: consumption(topic, group), begun: make(chan error, 1), finished: make(chan struct{})}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }

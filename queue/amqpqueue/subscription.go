@@ -117,6 +117,15 @@ func (s *subscription) due() {
 
 // Next implements queue.Subscription.
 func (s *subscription) Next(ctx context.Context) (queue.Delivery, error) {
+	d, err := s.next(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s.q.m.received(ctx, d)
+	return d, nil
+}
+
+func (s *subscription) next(ctx context.Context) (*delivery, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -148,7 +157,7 @@ func (s *subscription) Next(ctx context.Context) (queue.Delivery, error) {
 }
 
 // abandon ends a wait; a delivery that came in the same moment wins.
-func (s *subscription) abandon(w *waiter, err error) (queue.Delivery, error) {
+func (s *subscription) abandon(w *waiter, err error) (*delivery, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, x := range s.waiters {

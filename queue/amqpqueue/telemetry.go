@@ -11,6 +11,7 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/solstice-ci/solstice-go/queue"
@@ -22,12 +23,13 @@ type metrics struct {
 	exchange     string
 	tracer       trace.Tracer
 	sent         metric.Int64Counter
+	consumed     metric.Int64Counter
 	duration     metric.Float64Histogram
 	reconnects   metric.Int64Counter
 	returned     metric.Int64Counter
 	resubscribes metric.Int64Counter
 	unregister   func()
-	topics       sync.Map // topic → metric.MeasurementOption
+	topics       sync.Map // topic → metric.MeasurementOption, see destination
 }
 
 func newMetrics(q *Queue) (*metrics, error) {
@@ -43,6 +45,8 @@ func newMetrics(q *Queue) (*metrics, error) {
 	var errs [8]error
 	m.sent, errs[0] = meter.Int64Counter("messaging.client.sent.messages", metric.WithUnit("{message}"),
 		metric.WithDescription("Messages that were to be published, by topic and kind of failure."))
+	m.consumed, errs[7] = meter.Int64Counter("messaging.client.consumed.messages", metric.WithUnit("{message}"),
+		metric.WithDescription("Messages that readers were given, by topic and group."))
 	m.duration, errs[1] = meter.Float64Histogram("messaging.client.operation.duration", metric.WithUnit("s"),
 		metric.WithDescription("Time from Publish to the last confirm."),
 		metric.WithExplicitBucketBoundaries(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10))
@@ -131,6 +135,65 @@ func (m *metrics) publishing(ctx context.Context, topic string, msgs []queue.Mes
 		}
 		span.End()
 	}
+}
+
+// received counts a delivery that a reader was given, and makes its span, in the
+// trace of the message where that has one.
+func (m *metrics) received(ctx context.Context, d *delivery) {
+	m.consumed.Add(ctx, 1, d.sub.consumes)
+	if _, traced := d.msg.Attributes["traceparent"]; traced {
+		ctx = propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier(d.msg.Attributes))
+	}
+	_, span := m.tracer.Start(ctx, "receive "+d.sub.topic, trace.WithSpanKind(trace.SpanKindClient), trace.WithTimestamp(d.came))
+	d.describe(span, "receive", "receive")
+	span.End()
+}
+
+// settling begins the span of an ack or nack, in the trace of the caller; end
+// ends it.
+func (m *metrics) settling(ctx context.Context, d *delivery, operation string) (_ context.Context, end func(error) error) {
+	ctx, span := m.tracer.Start(ctx, operation+" "+d.sub.topic, trace.WithSpanKind(trace.SpanKindClient))
+	d.describe(span, operation, "settle")
+	return ctx, func(err error) error {
+		if err != nil {
+			span.RecordError(err)
+			span.SetStatus(codes.Error, kindOf(err))
+		}
+		span.End()
+		return err
+	}
+}
+
+// describe sets the attributes of a delivery's span.
+func (d *delivery) describe(span trace.Span, operation, kind string) {
+	if !span.IsRecording() {
+		return
+	}
+	span.SetAttributes(
+		attribute.String("messaging.system", "rabbitmq"),
+		attribute.String("messaging.operation.name", operation),
+		attribute.String("messaging.operation.type", kind),
+		attribute.String("messaging.destination.name", d.exchange+":"+d.key+":"+d.feed.queue),
+		attribute.String("messaging.rabbitmq.destination.routing_key", d.key),
+		attribute.Int64("messaging.rabbitmq.message.delivery_tag", int64(d.tag)), //nolint:gosec // counted from 1 per channel
+		attribute.String("messaging.consumer.group.name", d.sub.group),
+		attribute.String("messaging.message.id", d.msg.ID),
+		attribute.Int("messaging.message.body.size", len(d.msg.Body)),
+		attribute.Int("solstice.queue.attempt", d.attempt),
+	)
+}
+
+// consumption is the attribute set of what a reader consumes.
+func consumption(topic, group string) metric.MeasurementOption {
+	attrs := []attribute.KeyValue{
+		attribute.String("messaging.system", "rabbitmq"),
+		attribute.String("messaging.operation.name", "receive"),
+		attribute.String("messaging.destination.name", topic),
+	}
+	if group != "" {
+		attrs = append(attrs, attribute.String("messaging.consumer.group.name", group))
+	}
+	return metric.WithAttributeSet(attribute.NewSet(attrs...))
 }
 
 // kindOf names a failure for metrics.
