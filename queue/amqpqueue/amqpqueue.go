@@ -35,6 +35,8 @@
 //     readers Publish declares it.
 //   - Dead letters are in the hand of who looks at them, one at a time, and come
 //     back in any order: see DeadLetters, which sorts them.
+//   - A message that comes for a Next whose context has just ended, and for no
+//     other one, goes back to the queue's end.
 //   - A broadcast reader misses what is published while it is disconnected.
 //   - RabbitMQ 3 writes what is declared to disk some seconds later, but confirms
 //     messages at once: one that is killed within seconds of a topic's first use

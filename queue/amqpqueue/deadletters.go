@@ -55,7 +55,7 @@ func oldest(ls []queue.DeadLetter, limit int) []queue.DeadLetter {
 func (q *Queue) Replay(ctx context.Context, topic, group string, ids ...string) (int, error) {
 	return q.pick(ctx, topic, group, ids, func(l queue.DeadLetter) errand {
 		return func(s *session) error {
-			return s.pub.insist(ctx, &outgoing{
+			return s.insist(ctx, &outgoing{
 				exchange: q.o.Exchange, key: toGroup(topic, group), msg: encode(&l.Message, nil),
 				declare: func(ctx context.Context) error {
 					_, err := q.enter(ctx, s, topic, group)

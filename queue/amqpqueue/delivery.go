@@ -77,7 +77,7 @@ func (s *subscription) burial(d *delivery, reason string, attempts int) outgoing
 // s.mu.
 func (s *subscription) move(d *delivery, o outgoing) {
 	o.patient = true
-	s.moving(d, func(ctx context.Context) error { return d.feed.ses.pub.insist(ctx, &o) })
+	s.moving(d, func(ctx context.Context) error { return d.feed.ses.insist(ctx, &o) })
 }
 
 // postpone sends a message that is not due yet through another tier. The caller
@@ -125,7 +125,7 @@ func (s *subscription) delay(ctx context.Context, d *delivery, after time.Durati
 	if err != nil {
 		return err
 	}
-	return ses.pub.insist(ctx, &o)
+	return ses.insist(ctx, &o)
 }
 
 // redeclare makes the group's queues again.
@@ -168,7 +168,7 @@ func (d *delivery) refuse(ctx context.Context, o queue.NackOptions) error {
 	switch {
 	case o.DeadLetter, d.attempt >= s.o.MaxAttempts:
 		letter := s.burial(d, cmp.Or(o.Reason, fmt.Sprintf("refused at delivery %d", d.attempt)), d.attempt)
-		err = d.feed.ses.pub.insist(ctx, &letter)
+		err = d.feed.ses.insist(ctx, &letter)
 	case o.Delay > 0:
 		err = s.delay(ctx, d, o.Delay, d.attempt)
 	default:

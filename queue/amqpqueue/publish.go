@@ -42,6 +42,10 @@ func (q *Queue) publish(ctx context.Context, topic string, msgs []queue.Message)
 	if err != nil {
 		return err
 	}
+	pub, err := s.publisher(ctx)
+	if err != nil {
+		return err
+	}
 	var failed map[int]error
 	fail := func(i int, err error) {
 		if failed == nil {
@@ -52,7 +56,7 @@ func (q *Queue) publish(ctx context.Context, topic string, msgs []queue.Message)
 	parts := make([]part, 0, len(msgs))
 	add := func(i int, o outgoing) error {
 		parts = append(parts, part{o, i})
-		err := s.pub.send(ctx, &parts[len(parts)-1].outgoing)
+		err := pub.send(ctx, &parts[len(parts)-1].outgoing)
 		if err != nil {
 			parts = parts[:len(parts)-1]
 		}
@@ -75,7 +79,7 @@ func (q *Queue) publish(ctx context.Context, topic string, msgs []queue.Message)
 	}
 	for i := range parts {
 		p := &parts[i]
-		err := s.pub.await(ctx, &p.outgoing)
+		err := pub.await(ctx, &p.outgoing)
 		if errors.Is(err, errReturned) {
 			err = q.reroute(ctx, s, topic, &p.outgoing)
 		}
@@ -119,5 +123,5 @@ func (q *Queue) reroute(ctx context.Context, s *session, topic string, o *outgoi
 	if err := o.declare(ctx); err != nil {
 		return err
 	}
-	return s.pub.insist(ctx, o)
+	return s.insist(ctx, o)
 }

@@ -1,7 +1,6 @@
 package amqpqueue
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,6 +34,8 @@ type publisher struct {
 	mu      sync.Mutex
 	back    map[string]struct{} // returned, by correlation ID
 	refused error               // why the broker closed the channel; nil: it did not
+
+	over chan struct{} // closed when another took its place, or the session ends
 }
 
 // outgoing is a message on its way.
@@ -56,6 +57,7 @@ func newPublisher(ses *session, ch *amqp.Channel) (*publisher, error) {
 	p := &publisher{
 		ses: ses, ch: ch, window: semaphore.NewWeighted(windowMessages),
 		returns: make(chan amqp.Return, windowMessages), back: map[string]struct{}{},
+		over: make(chan struct{}),
 	}
 	ch.NotifyReturn(p.returns)
 	return p, nil
@@ -152,13 +154,20 @@ func (p *publisher) refuse(err error) {
 	p.refused = fmt.Errorf("%w: publishing: %w", ErrConnectionLost, classify(err))
 }
 
-// ended says why nothing can be published any more: the channel ended, and the
-// session does with it.
+// ended says why nothing can be published any more.
 func (p *publisher) ended() error {
-	<-p.ses.ctx.Done()
+	select {
+	case <-p.over:
+	case <-p.ses.ctx.Done():
+	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	return cmp.Or(p.refused, context.Cause(p.ses.ctx))
+	refused := p.refused
+	p.mu.Unlock()
+	if refused != nil {
+		return refused
+	}
+	<-p.ses.ctx.Done() // the channel ended with the connection
+	return context.Cause(p.ses.ctx)
 }
 
 // wasReturned reads the returns that came so far: that of a confirmed message
@@ -209,4 +218,13 @@ func (p *publisher) insist(ctx context.Context, o *outgoing) error {
 		}
 	}
 	return err
+}
+
+// insist is the same on the channel that the session publishes on now.
+func (s *session) insist(ctx context.Context, o *outgoing) error {
+	p, err := s.publisher(ctx)
+	if err != nil {
+		return err
+	}
+	return p.insist(ctx, o)
 }

@@ -31,7 +31,6 @@ type session struct {
 	q       *Queue
 	raw     *transport
 	conn    *amqp.Connection
-	pub     *publisher
 	blocked atomic.Bool
 
 	ctx  context.Context // ends, with the cause, when the connection does
@@ -44,6 +43,7 @@ type session struct {
 	letters chan struct{} // capacity 1: who holds it may walk through dead letters
 
 	mu    sync.Mutex
+	pub   *publisher
 	over  bool
 	known map[string]struct{} // see knows
 }
@@ -163,23 +163,64 @@ func (q *Queue) prepare(s *session) (err error) {
 	if err := q.declareExchanges(s.adminCh); err != nil {
 		return err
 	}
+	return s.beginPublishing()
+}
+
+// beginPublishing opens the channel to publish on, and another one each time the
+// broker closes it, as it does with what it refuses.
+func (s *session) beginPublishing() error {
 	ch, err := s.conn.Channel()
 	if err != nil {
 		return err
 	}
 	closes := ch.NotifyClose(make(chan *amqp.Error, 1))
-	if s.pub, err = newPublisher(s, ch); err != nil {
+	p, err := newPublisher(s, ch)
+	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	s.pub = p
+	s.mu.Unlock()
 	s.spawn(func() {
-		if err, ok := <-closes; ok && err.Server && !s.conn.IsClosed() {
-			// An exchange is gone: all is declared anew.
-			q.log.Error("amqpqueue: broker closed the publishing channel", "error", err)
-			s.pub.refuse(err)
+		defer close(p.over)
+		err, ok := <-closes
+		if !ok || !err.Server || s.conn.IsClosed() {
+			return
+		}
+		s.q.log.Error("amqpqueue: broker closed the publishing channel", "error", err)
+		p.refuse(err)
+		// Where an exchange is gone all has to be declared anew.
+		if err.Code == amqp.NotFound || s.beginPublishing() != nil {
 			_ = s.raw.Close()
 		}
 	})
 	return nil
+}
+
+// publisher waits for a channel to publish on.
+func (s *session) publisher(ctx context.Context) (*publisher, error) {
+	for {
+		s.mu.Lock()
+		p := s.pub
+		s.mu.Unlock()
+		if !p.ch.IsClosed() {
+			return p, nil
+		}
+		select {
+		case <-p.over:
+			s.mu.Lock()
+			replaced := s.pub != p
+			s.mu.Unlock()
+			if replaced {
+				continue
+			}
+			<-s.ctx.Done()
+		case <-s.ctx.Done():
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		return nil, context.Cause(s.ctx)
+	}
 }
 
 // spawn runs fn, for which the session's end waits. It returns false where that
@@ -256,9 +297,6 @@ func (s *session) channel(ctx context.Context) (*amqp.Channel, error) {
 	ok := s.spawn(func() {
 		ch, err := s.conn.Channel()
 		done <- result{ch, err}
-		if err == nil && ctx.Err() != nil {
-			_ = ch.Close() // nobody waits for it
-		}
 	})
 	if !ok {
 		return nil, context.Cause(s.ctx)
@@ -270,6 +308,11 @@ func (s *session) channel(ctx context.Context) (*amqp.Channel, error) {
 		}
 		return r.ch, nil
 	case <-ctx.Done():
+		s.spawn(func() {
+			if r := <-done; r.err == nil {
+				_ = r.ch.Close() // nobody waits for it
+			}
+		})
 		return nil, ctx.Err()
 	}
 }
