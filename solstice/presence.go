@@ -44,7 +44,7 @@ func (e *Engine) beat(ctx context.Context) {
 	}
 	if err := e.store.Beat(ctx, o, e.cfg.Timing.Lease); err != nil {
 		if ctx.Err() == nil {
-			e.log.WarnContext(ctx, "presence not recorded", "error", err)
+			e.log.WarnContext(ctx, "presence not recorded", "error", e.noted(err))
 		}
 		return
 	}

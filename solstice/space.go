@@ -14,7 +14,7 @@ import (
 )
 
 // ErrNoSpace: the disk of the state, the logs or the machines is full, or nearly
-// so. Nothing was accepted; it is again once there is room.
+// so. Once there is room again what it says was not done can be.
 var ErrNoSpace = errors.New("solstice: no space left")
 
 // Space is the room on disk that an engine needs to take on work. Below it the

@@ -43,7 +43,9 @@ type RunRequest = messages.RunRequest
 // when it returns, they are durable. A workflow file with errors becomes a run
 // in state errored that carries the diagnostics. No run at all means that no
 // workflow is concerned by the event. Errors wrap ErrNoWorkflow, ErrInvalid,
-// ErrNoSpace, or what the forge reported; nothing was accepted then.
+// ErrNoSpace, or what the forge reported. Nothing was accepted then, unless
+// several files were concerned and the database failed between them: the same
+// request again, by its idempotency key or delivery, finds those that were.
 func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err error) {
 	ctx, span := e.tracer.Start(ctx, "run.submit", trace.WithAttributes(attribute.String("forge", r.Forge), attribute.String("repo", r.Repo.FullName())))
 	defer func() {
