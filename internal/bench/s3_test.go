@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 
@@ -23,6 +25,7 @@ const partSize = 16 << 20
 
 // BenchmarkS3: one object after the other, put and then read to its end, through
 // s3blob and through minio-go with the same part size and as many parts at once.
+// What is put is in memory, or where the name says so in a file.
 func BenchmarkS3(b *testing.B) {
 	at := testenv.S3(b)
 	store, err := s3blob.Open(b.Context(), s3blob.Options{
@@ -47,7 +50,8 @@ func BenchmarkS3(b *testing.B) {
 		name     string
 		size     int
 		perRound int
-	}{{"1KiB", 1 << 10, 256}, {"1MiB", 1 << 20, 64}, {"256MiB", 256 << 20, 1}} {
+		file     bool
+	}{{"1KiB", 1 << 10, 256, false}, {"1MiB", 1 << 20, 64, false}, {"256MiB", 256 << 20, 1, false}, {"256MiB-file", 256 << 20, 1, true}} {
 		if c.size > 16<<20 && testing.Short() {
 			continue
 		}
@@ -62,14 +66,33 @@ func BenchmarkS3(b *testing.B) {
 			return nil
 		}
 		size := int64(c.size)
+		with := func(f func(io.Reader) error) error { return f(bytes.NewReader(content)) }
+		if c.file {
+			name := filepath.Join(b.TempDir(), "content")
+			if err := os.WriteFile(name, content, 0o600); err != nil {
+				b.Fatal(err)
+			}
+			with = func(f func(io.Reader) error) error {
+				r, err := os.Open(name)
+				if err != nil {
+					return err
+				}
+				defer r.Close()
+				return f(r)
+			}
+		}
 		ours := func(key string) error {
-			_, err := store.Put(context.Background(), "ours/"+key, bytes.NewReader(content), blobstore.PutOptions{Size: size})
-			return err
+			return with(func(r io.Reader) error {
+				_, err := store.Put(context.Background(), "ours/"+key, r, blobstore.PutOptions{Size: size})
+				return err
+			})
 		}
 		bare := func(key string) error {
-			_, err := client.PutObject(context.Background(), at.Bucket, "bare/"+key, bytes.NewReader(content), size,
-				minio.PutObjectOptions{PartSize: partSize, NumThreads: 4})
-			return err
+			return with(func(r io.Reader) error {
+				_, err := client.PutObject(context.Background(), at.Bucket, "bare/"+key, r, size,
+					minio.PutObjectOptions{PartSize: partSize, NumThreads: 4})
+				return err
+			})
 		}
 		stored := sync.OnceValue(func() error {
 			return errors.Join(times(c.perRound, ours), times(c.perRound, bare))
