@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -177,7 +178,15 @@ func work(t *testing.T, producer, consumer queue.Queue, body []byte, faults func
 	faults(h)
 	stopProducers()
 	producers.Wait()
-	until(t, "every confirmed message is received", func() bool { return len(h.lost()) == 0 })
+	t.Cleanup(func() {
+		if lost := h.lost(); len(lost) > 0 {
+			slices.Sort(lost)
+			t.Logf("lost: %d of %d: %s", len(lost), len(h.confirmed), lost[:min(50, len(lost))])
+		}
+	})
+	for left := h.lost(); len(left) > 0; left = h.lost() { // a busy machine takes its time for all of them
+		until(t, "one more confirmed message is received", func() bool { return len(h.lost()) < len(left) })
+	}
 	confirmed, received := h.count()
 	t.Logf("%d messages confirmed, %d received", confirmed, received)
 }
@@ -230,6 +239,13 @@ func killed(t *testing.T, broker *testenv.RabbitMQServer) {
 	url := broker.VHost(t)
 	producer, consumer := withURL(t, amqpqueue.Options{URL: url}), withURL(t, amqpqueue.Options{URL: url})
 	heard := subscribe(t, consumer, "wake", queue.SubscribeOptions{})
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, q := range broker.Queues(t, url) {
+				t.Logf("queue %+v", q)
+			}
+		}
+	})
 	work(t, producer, consumer, []byte("x"), func(h *history) {
 		for range 2 {
 			h.more(t, 100)
