@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"iter"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,14 +12,16 @@ import (
 	"github.com/solstice-ci/solstice-go/blobstore/memblob"
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/testenv"
+	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/solstice/logstream"
 )
 
 // ailing is a store that can be swept and asked for its health.
 type ailing struct {
 	blobstore.Store
-	swept []time.Duration
-	err   error
+	swept   []time.Duration
+	err     error
+	checked func() // nil: nothing
 }
 
 func (a *ailing) Sweep(_ context.Context, minAge time.Duration) (int, error) {
@@ -26,7 +29,12 @@ func (a *ailing) Sweep(_ context.Context, minAge time.Duration) (int, error) {
 	return 2, a.err
 }
 
-func (a *ailing) Check(context.Context) error { return a.err }
+func (a *ailing) Check(context.Context) error {
+	if a.checked != nil {
+		a.checked()
+	}
+	return a.err
+}
 
 // TestUnfinishedPutsAreSwept: with what nothing lists, once a day.
 func TestUnfinishedPutsAreSwept(t *testing.T) {
@@ -95,6 +103,29 @@ func TestInstallationsShareBlobs(t *testing.T) {
 	}
 	if string(got) != "hi\n" {
 		t.Errorf("the log is %q", got)
+	}
+}
+
+// mute is a queue that answers nothing.
+type mute struct{ queue.Queue }
+
+func (mute) Publish(ctx context.Context, _ string, _ []queue.Message, _ queue.PublishOptions) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// TestReadyNamesTheCulprit: what does not answer is named, and nothing else.
+func TestReadyNamesTheCulprit(t *testing.T) {
+	a := newArchive(t, testenv.SQLite(t))
+	e := a.engine(a.db, testRules, nil)
+	well := &ailing{Store: memblob.New()}
+	e.cfg.Queue, e.cfg.Blobs = mute{e.cfg.Queue}, well
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	well.checked = cancel // the time is up once the store was asked
+	err := e.Ready(ctx)
+	if err == nil || !strings.Contains(err.Error(), "queue: ") || strings.Contains(err.Error(), "blob store") {
+		t.Errorf("%v; want the queue only", err)
 	}
 }
 

@@ -316,6 +316,9 @@ func (e *Engine) hearWakes(ctx context.Context, sub queue.Subscription) {
 // after the runs are durable; a repeat finds them by delivery.
 func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message, r RunRequest) error {
 	if r.IdempotencyKey == "" && r.Event.Delivery == "" {
+		if m.ID == "" { // all such would be one
+			return queue.Discard(fmt.Errorf("%w: a run request needs a message ID, an idempotency key or a delivery, which tell a repeat", ErrInvalid))
+		}
 		r.IdempotencyKey = "message/" + m.ID
 	}
 	err := e.submitPatiently(ctx, r)

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	amqp "github.com/rabbitmq/amqp091-go"
+
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/queue"
@@ -96,6 +98,58 @@ func unknownMessages(t *testing.T, url string, edit func(*solstice.Config)) {
 	if runs, err := eng.Runs(t.Context(), solstice.RunFilter{}); err != nil || len(runs) != 1 {
 		t.Errorf("%d runs, %v", len(runs), err)
 	}
+}
+
+// TestRunRequestWithoutID: foreign programs may leave a message's ID out. Then
+// nothing tells a repeat, so it is refused, and not taken for another one.
+func TestRunRequestWithoutID(t *testing.T) {
+	url := testenv.RabbitMQ(t)
+	q, err := amqpqueue.Open(t.Context(), amqpqueue.Options{URL: url})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = q.Close() })
+	p := newPlant(t, testenv.SQLite(t))
+	eng, _ := p.start(t, func(c *solstice.Config) { c.Queue = q })
+	commit := p.commit(t, map[string]string{".solstice/workflow.yaml": trivial})
+	conn, err := amqp.Dial(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	ch, err := conn.Channel()
+	if err == nil {
+		err = ch.Confirm(false)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"", "", "its own"} {
+		m, err := messages.Encode(messages.RunRequest{Repo: forge.Repo{Name: "repo"}, Commit: commit, IdempotencyKey: key})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sent, err := ch.PublishWithDeferredConfirm("solstice.jobs", messages.TopicRunRequest, true, false, amqp.Publishing{ContentType: m.ContentType, Body: m.Body})
+		if err != nil || !sent.Wait() {
+			t.Fatalf("not published: %v", err)
+		}
+	}
+	eventually(t, "a run and two dead letters", func() bool {
+		runs, err := eng.Runs(t.Context(), solstice.RunFilter{})
+		if err != nil || len(runs) > 1 {
+			t.Fatalf("%d runs, %v", len(runs), err)
+		}
+		letters, err := q.DeadLetters(t.Context(), messages.TopicRunRequest, messages.Group, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range letters {
+			if !strings.Contains(l.Reason, "needs a message ID") {
+				t.Errorf("dead letter: %s", l.Reason)
+			}
+		}
+		return len(letters) == 2 && len(runs) == 1 && runs[0].State == solstice.RunSucceeded
+	})
 }
 
 // TestStatusesAreMessages: what goes to a forge integration is what is published

@@ -246,7 +246,7 @@ func TestCircuitBreaker(t *testing.T) { onBoth(t, testCircuitBreaker) }
 
 func testCircuitBreaker(t *testing.T, db func(testing.TB) string) {
 	if runtime.GOOS != "linux" {
-		t.Skip("finds the agents' processes by /proc")
+		testenv.Missing(t, "/proc", "the agents' processes are found by it, on Linux")
 	}
 	p := newPlant(t, db(t))
 	p.Capacity = 5

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/solstice-ci/solstice-go/blobstore"
@@ -270,12 +271,18 @@ func (e *Engine) Ready(ctx context.Context) error {
 		failed("engine", errors.New("it does not run"))
 	}
 	failed("disk", e.space.err())
-	_, err := e.store.Orchestrators(ctx)
-	failed("database", err)
-	failed("queue", e.publishWake(ctx, nil)) // which wakes nobody
+	// At once: what does not answer uses up ctx, and is not to take others along.
+	var database, queued, blobs error
+	var asked sync.WaitGroup
+	asked.Go(func() { _, database = e.store.Orchestrators(ctx) })
+	asked.Go(func() { queued = e.publishWake(ctx, nil) }) // which wakes nobody
 	if e.cfg.Blobs != nil {
-		failed("blob store", checkBlobs(ctx, e.cfg.Blobs))
+		asked.Go(func() { blobs = checkBlobs(ctx, e.cfg.Blobs) })
 	}
+	asked.Wait()
+	failed("database", database)
+	failed("queue", queued)
+	failed("blob store", blobs)
 	return errors.Join(errs...)
 }
 

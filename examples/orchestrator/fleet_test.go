@@ -121,6 +121,37 @@ func (f *fleet) overcommit(ctx context.Context, h *history) {
 	}
 }
 
+// TestMachinesHost: a directory of machines has one name, whoever is first to
+// ask and however many ask at once; another directory has another.
+func TestMachinesHost(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "machines")
+	names, errs := make([]string, 8), make([]error, 8)
+	var wg sync.WaitGroup
+	for i := range names {
+		wg.Go(func() { names[i], errs[i] = machinesHost(root) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	if names[0] == "" || len(slices.Compact(names)) != 1 {
+		t.Errorf("names %q", names)
+	}
+	if left, err := filepath.Glob(filepath.Join(root, ".host-*")); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	other, err := machinesHost(t.TempDir())
+	if err != nil || other == names[0] {
+		t.Errorf("another directory is %q, %v", other, err)
+	}
+	if err := os.WriteFile(filepath.Join(root, ".host"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if name, err := machinesHost(root); err == nil {
+		t.Errorf("an empty file names it %q", name)
+	}
+}
+
 // TestFleet has two orchestrators share the jobs, follows at each a log that
 // the other receives, and has the agent of a job go on at the other one when
 // its own is killed.

@@ -364,8 +364,8 @@ func (f *flags) pools(dir string, cfg *solstice.Config, open *closers) error {
 // directory, since computers change their names, and several may have the same.
 func machinesHost(root string) (string, error) {
 	file := filepath.Join(root, ".host")
-	if kept, err := os.ReadFile(file); err == nil || !errors.Is(err, fs.ErrNotExist) {
-		return string(kept), err
+	if kept, err := keptHost(file); !errors.Is(err, fs.ErrNotExist) {
+		return kept, err
 	}
 	computer, err := os.Hostname()
 	if err != nil {
@@ -386,8 +386,15 @@ func machinesHost(root string) (string, error) {
 	if err := os.Link(f.Name(), file); err != nil && !errors.Is(err, fs.ErrExist) { // by another one that starts
 		return "", err
 	}
-	kept, err := os.ReadFile(file)
-	return string(kept), err
+	return keptHost(file)
+}
+
+func keptHost(file string) (string, error) {
+	name, err := os.ReadFile(file)
+	if err == nil && len(name) == 0 { // two such would be one host
+		err = errors.New(file + " is empty: remove it when no machine is left in its directory")
+	}
+	return string(name), err
 }
 
 func problem(what string, err error, advice string) error {
