@@ -124,15 +124,24 @@ func TestRunRequestWithoutID(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	returned := ch.NotifyReturn(make(chan amqp.Return, 1)) // comes before the confirm
 	for _, key := range []string{"", "", "its own"} {
 		m, err := messages.Encode(messages.RunRequest{Repo: forge.Repo{Name: "repo"}, Commit: commit, IdempotencyKey: key})
 		if err != nil {
 			t.Fatal(err)
 		}
-		sent, err := ch.PublishWithDeferredConfirm("solstice.jobs", messages.TopicRunRequest, true, false, amqp.Publishing{ContentType: m.ContentType, Body: m.Body})
-		if err != nil || !sent.Wait() {
-			t.Fatalf("not published: %v", err)
-		}
+		eventually(t, "a queue for run requests", func() bool {
+			sent, err := ch.PublishWithDeferredConfirm("solstice.jobs", messages.TopicRunRequest, true, false, amqp.Publishing{ContentType: m.ContentType, Body: m.Body})
+			if err != nil || !sent.Wait() {
+				t.Fatalf("not published: %v", err)
+			}
+			select {
+			case <-returned:
+				return false // nobody subscribed yet
+			default:
+				return true
+			}
+		})
 	}
 	eventually(t, "a run and two dead letters", func() bool {
 		runs, err := eng.Runs(t.Context(), solstice.RunFilter{})

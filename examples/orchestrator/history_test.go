@@ -308,8 +308,15 @@ func (h *history) told(ctx context.Context, a accepted) (map[string]forge.Status
 
 // lost tells of the attempts of a run that were given up.
 func (h *history) lost(ctx context.Context, run string, db *bun.DB) string {
-	var attempts []struct{ MachineID, Class, Reason, Console string }
-	err := db.NewRaw("SELECT machine_id, class, reason, console FROM attempts WHERE run_id = ? AND state = 'lost'", run).Scan(ctx, &attempts)
+	var attempts []struct {
+		JobID                                       string
+		Number                                      int
+		MachineID                                   string
+		CreatedAt, StartedAt, ContactAt, FinishedAt int64
+		AckedSeq                                    int64
+		Class, Reason, Console                      string
+	}
+	err := db.NewRaw("SELECT job_id, number, machine_id, created_at, started_at, contact_at, finished_at, acked_seq, class, reason, console FROM attempts WHERE run_id = ? AND state = 'lost'", run).Scan(ctx, &attempts)
 	return fmt.Sprintf("given up: %+v, %v", attempts, err)
 }
 
