@@ -249,9 +249,10 @@ type follower struct {
 func follow(tb testing.TB, s logstream.Store, stream string, from int64) *follower {
 	ctx, cancel := context.WithCancel(tb.Context())
 	f := &follower{make(chan logstream.Chunk), make(chan error, 1), cancel}
-	done := make(chan struct{})
+	begun, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
+		close(begun)
 		var end error
 		for c, err := range s.Tail(ctx, stream, from) {
 			if end = err; err != nil {
@@ -272,6 +273,7 @@ func follow(tb testing.TB, s logstream.Store, stream string, from int64) *follow
 			tb.Errorf("Tail goes on after the end of its context")
 		}
 	})
+	<-begun // what follows is to happen while it follows, mostly
 	return f
 }
 

@@ -31,14 +31,17 @@ func checkTailPush(tb testing.TB, h Harness) {
 
 func checkTailBeforeCreation(tb testing.TB, h Harness) {
 	s := open(tb, h)
-	f, sealed := follow(tb, s, "s", 0), follow(tb, s, "sealed", 0)
-	later := follow(tb, s, "s", 5)
-	add(tb, s, "s", 1, 0, "hello world")
-	f.want(tb, "hello world")
-	later.want(tb, " world")
-	sealAny(tb, s, "sealed", 1)
-	if err := sealed.end(tb); err != nil {
-		tb.Fatalf("a follower of a stream that was sealed empty ended with %v", err)
+	for i := range 10 { // no follower says when it has found nothing
+		name, empty := fmt.Sprintf("s%d", i), fmt.Sprintf("sealed%d", i)
+		f, sealed := follow(tb, s, name, 0), follow(tb, s, empty, 0)
+		later := follow(tb, s, name, 5)
+		add(tb, s, name, 1, 0, "hello world")
+		f.want(tb, "hello world")
+		later.want(tb, " world")
+		sealAny(tb, s, empty, 1)
+		if err := sealed.end(tb); err != nil {
+			tb.Fatalf("a follower of a stream that was sealed empty ended with %v", err)
+		}
 	}
 }
 
