@@ -24,6 +24,7 @@ type cli struct {
 	Machines machinesCmd `cmd:"" group:"At an orchestrator" help:"List the machines."`
 	Token    tokenCmd    `cmd:"" group:"At an orchestrator" help:"Make, list and revoke tokens."`
 
+	Image       imageCmd       `cmd:"" group:"For operators" help:"Base images of virtual machines: list, pull, verify or remove them."`
 	Migrate     migrateCmd     `cmd:"" group:"For operators" help:"Change the schema of a database."`
 	Refresh     refreshCmd     `cmd:"" group:"For operators" help:"For development: empty a database."`
 	DLQ         dlqCmd         `cmd:"" name:"dlq" group:"For operators" help:"Messages that could not be handled: list, replay or drop them."`

@@ -7,10 +7,11 @@ import (
 	"io"
 	"os"
 	"slices"
-	"strings"
 
 	"github.com/alecthomas/kong"
 	"go.yaml.in/yaml/v4"
+
+	"github.com/solstice-ci/solstice-go/internal/nearest"
 )
 
 // maxConfigBytes bounds the configuration file.
@@ -141,36 +142,8 @@ func configNode(n *yaml.Node) (any, error) {
 
 // suggest finds the flag that a wrong key most resembles.
 func suggest(key string, flags []string) string {
-	norm := func(s string) string { return strings.ToLower(strings.ReplaceAll(s, "_", "-")) }
-	best, distance := "", max(1, len(key)/3)+1
-	for _, f := range flags {
-		if d := editDistance(norm(key), f); d < distance {
-			best, distance = f, d
-		}
+	if best := nearest.To(key, flags); best != "" {
+		return fmt.Sprintf(" (did you mean %q?)", best)
 	}
-	if best == "" {
-		return ""
-	}
-	return fmt.Sprintf(" (did you mean %q?)", best)
-}
-
-// editDistance is Levenshtein's.
-func editDistance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, diagonal+1)
-		}
-	}
-	return row[len(b)]
+	return ""
 }
