@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -46,7 +47,7 @@ func (i *images) open(needed bool, do func(*image.Catalogue, *image.Store) error
 		if i.StateDir == "" {
 			return unable("there is no directory for images", nil, "give --image-dir")
 		}
-		dir = i.StateDir + "/images"
+		dir = filepath.Join(i.StateDir, "images")
 	}
 	s, err := image.Open(dir, image.Options{})
 	if err != nil {

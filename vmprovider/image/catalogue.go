@@ -358,6 +358,9 @@ func (p *parser) sum(n *yaml.Node) string {
 	if s != "" && !sha256Hex.MatchString(s) {
 		p.at(n, "a SHA-256 has 64 hexadecimal digits")
 	}
+	if s == nothing {
+		p.at(n, "this is the SHA-256 of an empty file")
+	}
 	return s
 }
 

@@ -94,11 +94,18 @@ type Size struct {
 
 var sha256Hex = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
+// nothing is the SHA-256 of an empty file, which many a failed download was
+// taken for an image of.
+const nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
 // key names the image's files in a store. It is made of the hash and of how it
 // is unpacked only: nothing else that a catalogue says gets into a path.
 func (i Image) key() (string, error) {
 	if !sha256Hex.MatchString(i.SHA256) {
 		return "", fmt.Errorf("%w: %s: the SHA-256 is not 64 digits of lower-case hex", ErrInvalid, i.Label)
+	}
+	if i.SHA256 == nothing {
+		return "", fmt.Errorf("%w: %s: this is the SHA-256 of an empty file", ErrInvalid, i.Label)
 	}
 	if i.ImageSHA256 != "" && !sha256Hex.MatchString(i.ImageSHA256) {
 		return "", fmt.Errorf("%w: %s: the image's SHA-256 is not 64 digits of lower-case hex", ErrInvalid, i.Label)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync/atomic"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -59,16 +60,16 @@ func (s *Store) unpack(ctx context.Context, key string, img Image, r *reporter) 
 
 	useless := func(err error) error { return errors.Join(err, s.discard(key, ".part", ".part.json")) }
 	limit, hash, out := s.limit(img), sha256.New(), &sparse{f: f}
-	read := int64(0)
+	var read atomic.Int64 // zstd reads ahead, in a goroutine of its own
 	counted := readerFunc(func(p []byte) (int, error) {
 		n, err := in.Read(p)
-		read += int64(n)
+		read.Add(int64(n))
 		return n, err
 	})
 	z, end, err := unpacker(img.Compression, counted)
 	if err == nil {
 		defer end()
-		err = copyTo(ctx, io.MultiWriter(hash, out), io.LimitReader(z, limit+1), func(int64) { r.report(Progress{Unpacking, read, info.Size()}) })
+		err = copyTo(ctx, io.MultiWriter(hash, out), io.LimitReader(z, limit+1), func(int64) { r.report(Progress{Unpacking, read.Load(), info.Size()}) })
 	}
 	switch {
 	case ctx.Err() != nil:
