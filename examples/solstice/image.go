@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/term"
 
+	"github.com/solstice-ci/solstice-go/solstice/daemon"
 	"github.com/solstice-ci/solstice-go/vmprovider/image"
 )
 
@@ -26,9 +27,10 @@ type imageCmd struct {
 
 // images are the flags of commands that work on the store, which may be in use.
 type images struct {
+	daemon.State
+
 	Catalogue string `group:"Images" env:"IMAGE_CATALOGUE" placeholder:"FILE" help:"The catalogue of images; see docs/images.md."`
 	ImageDir  string `group:"Images" env:"IMAGE_DIR" placeholder:"DIR" help:"Directory of downloaded images. Default: images in the state directory."`
-	StateDir  string `group:"Images" env:"STATE_DIR" default:"${state_dir}" placeholder:"DIR" help:"Directory of an orchestrator's files."`
 }
 
 // open gives the catalogue, empty where none is needed and given, and the store.
@@ -47,7 +49,11 @@ func (i *images) open(needed bool, do func(*image.Catalogue, *image.Store) error
 		if i.StateDir == "" {
 			return unable("there is no directory for images", nil, "give --image-dir")
 		}
-		dir = filepath.Join(i.StateDir, "images")
+		state, err := i.State.Open()
+		if err != nil {
+			return couldNot(err)
+		}
+		dir = filepath.Join(state, "images")
 	}
 	s, err := image.Open(dir, image.Options{})
 	if err != nil {

@@ -122,4 +122,12 @@ images:
 	if l := list(); len(l) != 0 {
 		t.Errorf("left %+v", l)
 	}
+	state := filepath.Join(dir, "state") // of whoever has no store of their own
+	u.env = []string{"STATE_DIR=" + state}
+	if l := list(); len(l) != 0 {
+		t.Errorf("in another store: %+v", l)
+	}
+	if info, err := os.Stat(state); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("the state directory: %v, %v", info, err)
+	}
 }

@@ -8,9 +8,9 @@ import (
 )
 
 func TestTo(t *testing.T) {
-	names := []string{"debian-12", "debian-13", "illumos", "log-level"}
+	names := []string{"debian-12", "debian-13", "illumos", "log-level", "il"}
 	for got, want := range map[string]string{
-		"debain-12": "debian-12", "DEBIAN_13": "debian-13", "illumo": "illumos", "log_level": "log-level",
+		"debain-12": "debian-12", "li": "il", "ilumos": "illumos", "DEBIAN_13": "debian-13", "illumo": "illumos", "log_level": "log-level",
 		"windows": "", "": "", strings.Repeat("x", 1000): "",
 	} {
 		if n := nearest.To(got, names); n != want {

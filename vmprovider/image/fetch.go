@@ -175,7 +175,7 @@ func (d *fetch) expect(total int64) error {
 		return d.tooLarge()
 	}
 	var st unix.Statfs_t
-	if err := unix.Statfs(d.s.dir, &st); err == nil && total-d.have > int64(st.Bavail)*int64(st.Bsize) {
+	if err := unix.Statfs(d.s.dir, &st); err == nil && total > d.have && uint64(total-d.have) > st.Bavail*uint64(st.Bsize) {
 		return fmt.Errorf("%d more bytes are to come: %w", total-d.have, unix.ENOSPC)
 	}
 	return nil

@@ -3,10 +3,15 @@ package image_test
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -199,7 +204,7 @@ func TestServerTroubles(t *testing.T) {
 	t.Parallel()
 	srv := serve(t, content(100_000))
 	dir := t.TempDir()
-	s := open(t, dir, image.Options{Attempts: 2, StallTimeout: 300 * time.Millisecond})
+	s := open(t, dir, image.Options{Attempts: 2, StallTimeout: time.Second})
 	broken := func(w http.ResponseWriter, _ *http.Request) bool {
 		w.Header().Set("Retry-After", "1")
 		w.WriteHeader(http.StatusServiceUnavailable)
@@ -233,12 +238,13 @@ func TestServerTroubles(t *testing.T) {
 			for piece := range slices.Chunk(srv.body, len(srv.body)/6) {
 				_, _ = w.Write(piece)
 				_ = http.NewResponseController(w).Flush()
-				time.Sleep(100 * time.Millisecond)
+				time.Sleep(250 * time.Millisecond)
 			}
 			return true
 		}
 	})
-	holds(t, ensure(t, s, srv.image()).Path(), srv.body)
+	patient := open(t, dir, image.Options{StallTimeout: time.Second})
+	holds(t, ensure(t, patient, srv.image()).Path(), srv.body)
 }
 
 // TestCancelled keeps what can be resumed.
@@ -423,10 +429,6 @@ func TestDamage(t *testing.T) {
 		}
 		return list[0].State
 	}
-	info, err := os.Stat(path)
-	if err != nil {
-		t.Fatal(err)
-	}
 	// As a backup may restore it: another time, the same content.
 	if err := os.Chtimes(path, time.Now(), time.Now()); err != nil {
 		t.Fatal(err)
@@ -438,7 +440,8 @@ func TestDamage(t *testing.T) {
 	if n := len(srv.requests()); n != 1 || state() != image.Ready {
 		t.Errorf("%d downloads and %s, want that it is found good", n, state())
 	}
-	if info, err = os.Stat(path); err != nil {
+	info, err := os.Stat(path)
+	if err != nil {
 		t.Fatal(err)
 	}
 	// A bit that has changed where nobody looks.
@@ -469,6 +472,25 @@ func TestDamage(t *testing.T) {
 	if n := len(srv.requests()); n != 2 {
 		t.Errorf("%d downloads, want a second one", n)
 	}
+}
+
+// TestTLS: a certificate that is not trusted is not tried again.
+func TestTLS(t *testing.T) {
+	t.Parallel()
+	body := content(1000)
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(body) }))
+	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
+	srv.StartTLS()
+	t.Cleanup(srv.Close)
+	img := image.Image{Label: "test", Source: srv.URL, SHA256: sum(body), Format: image.Raw}
+	dir := t.TempDir()
+	_, err := open(t, dir, image.Options{}).Ensure(t.Context(), img, nil)
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); !ok || strings.Contains(err.Error(), "attempts") || len(names(t, dir)) > 0 {
+		t.Errorf("error %v, left %q", err, names(t, dir))
+	}
+	trusting := &tls.Config{RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS13}
+	trusting.RootCAs.AddCert(srv.Certificate())
+	holds(t, ensure(t, open(t, dir, image.Options{TLS: trusting}), img).Path(), body)
 }
 
 // TestNoProxy: the environment says nothing to a store.
