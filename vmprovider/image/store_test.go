@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -502,5 +503,60 @@ func TestNoProxy(t *testing.T) {
 	_, err := open(t, t.TempDir(), image.Options{Attempts: 1}).Ensure(t.Context(), img, nil)
 	if _, ok := errors.AsType[*net.DNSError](err); !ok {
 		t.Errorf("error %v, want that the name does not resolve", err)
+	}
+}
+
+// TestRemoveRace: while some remove an image and its lock, whoever has it pinned
+// has it whole.
+func TestRemoveRace(t *testing.T) {
+	t.Parallel()
+	body := content(10_000)
+	img := image.Image{Label: "test", Source: write(t, "x", body), SHA256: sum(body), Format: image.Raw}
+	dir := t.TempDir()
+	var removed atomic.Int64
+	done := make(chan struct{})
+	var users, removers sync.WaitGroup
+	for range 2 {
+		s := open(t, dir, image.Options{}) // as another process has it
+		removers.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				err := s.Remove(t.Context(), img)
+				switch {
+				case err == nil:
+					removed.Add(1)
+				case !errors.Is(err, image.ErrInUse) && !errors.Is(err, image.ErrNotFound):
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for range 3 {
+		s := open(t, dir, image.Options{})
+		users.Go(func() {
+			for range 20 {
+				pin, err := s.Ensure(t.Context(), img, nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if got, err := os.ReadFile(pin.Path()); err != nil || !bytes.Equal(got, body) {
+					t.Errorf("pinned, there are %d bytes and %v", len(got), err)
+				}
+				if err := pin.Release(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	users.Wait()
+	close(done)
+	removers.Wait()
+	if removed.Load() == 0 {
+		t.Error("nothing was ever removed: there was no race")
 	}
 }
