@@ -173,6 +173,9 @@ func kill(t testing.TB, pidFile string) {
 		t.Fatal(err)
 	}
 	waitGone(t, pid)
+	if err := os.Remove(pidFile); err != nil { // the pid may be another's by the end of the test
+		t.Fatal(err)
+	}
 }
 
 // freePorts returns n different ports of 127.0.0.1 that nobody listens at.
