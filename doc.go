@@ -22,7 +22,8 @@
 //   - queue, blobstore, vmprovider, forge: the seams. Each is an interface, with
 //     helpers that every user needs, drivers in packages below it, and a
 //     conformance suite (queuetest, …) that anybody's driver can run.
-//   - vmprovider/image: base images of virtual machines, a catalogue and a store.
+//     vmprovider/image has base images of virtual machines, a catalogue and a store;
+//     vmprovider/seed tells a fresh virtual machine what it is for.
 //   - examples: the CLI (examples/solstice), the daemon (examples/orchestrator),
 //     the agent's main, and an embedding in a hundred lines (examples/embed). They import nothing internal.
 //   - internal/store: the rows and transitions that the engine stands on;

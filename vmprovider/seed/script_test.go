@@ -1,0 +1,319 @@
+package seed
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/solstice-ci/solstice-go/internal/testenv"
+	"github.com/solstice-ci/solstice-go/vmprovider"
+)
+
+// shells are those that a guest's /bin/sh may be.
+var shells = [][]string{{"dash"}, {"bash", "--posix"}, {"busybox", "ash"}}
+
+// The agent of these tests notes how it was started.
+const agentScript = `#!/bin/sh
+printf '%s\n' "$*" >args
+ls -l bootstrap.json >mode
+cp bootstrap.json seen.json
+echo "the agent speaks"
+`
+
+// tools are the programs that every guest has, and the script needs.
+var tools = []string{"uname", "tr", "mkdir", "sleep", "rm", "chmod", "mv", "cat", "ls", "cp", "sh"}
+
+// guest is a place where the script runs: a search path of its own, and a server
+// to download from.
+type guest struct {
+	t       *testing.T
+	path    string
+	options Options
+	server  *httptest.Server
+	asked   atomic.Int64
+	answer  func(w http.ResponseWriter, n int64) // to the n-th request
+}
+
+func newGuest(t *testing.T, programs ...string) *guest {
+	t.Helper()
+	base := t.TempDir()
+	g := &guest{t: t, path: filepath.Join(base, "bin"), options: Options{dir: filepath.Join(base, "solstice"), console: filepath.Join(base, "console"), waits: "0 0 0"}}
+	if err := os.WriteFile(g.options.console, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(g.path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range append(tools, programs...) {
+		g.link(p, p)
+	}
+	g.answer = func(w http.ResponseWriter, _ int64) { _, _ = w.Write([]byte(agentScript)) }
+	g.server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		n := g.asked.Add(1)
+		if r.URL.Path != "/runner/"+runtime.GOOS+"/"+runtime.GOARCH {
+			http.NotFound(w, r)
+			return
+		}
+		g.answer(w, n)
+	}))
+	t.Cleanup(g.server.Close)
+	return g
+}
+
+// link puts a program of this machine into the search path under a name.
+func (g *guest) link(program, name string) {
+	g.t.Helper()
+	exe, err := exec.LookPath(program)
+	if err != nil {
+		testenv.Missing(g.t, program, ".mise/tasks/setup/packages installs it")
+	}
+	if err := os.Symlink(exe, filepath.Join(g.path, name)); err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+// fake puts a script into the search path.
+func (g *guest) fake(name, script string) {
+	g.t.Helper()
+	if err := os.WriteFile(filepath.Join(g.path, name), []byte("#!/bin/sh\n"+script), 0o755); err != nil { //nolint:gosec // a program
+		g.t.Fatal(err)
+	}
+}
+
+func (g *guest) bootstrap() vmprovider.Bootstrap {
+	sum := sha256.Sum256([]byte(agentScript))
+	b := bootstrap()
+	b.RunnerURL = g.server.URL + "/runner"
+	b.AgentSHA256 = map[string]string{runtime.GOOS + "/" + runtime.GOARCH: hex.EncodeToString(sum[:]), "plan9/386": agentSum}
+	return b
+}
+
+// boot runs the script in a shell, and returns what the console shows.
+func (g *guest) boot(shell []string, b vmprovider.Bootstrap) (console string, err error) {
+	g.t.Helper()
+	script := strings.Replace(scriptOf(g.t, b, g.options), ":/usr/sbin:/sbin:/usr/local/bin:/usr/pkg/bin\n", "\n", 1) // this machine's programs stay out
+	if strings.Contains(script, "/usr/sbin") {
+		g.t.Fatal("the script would find this machine's programs, poweroff too")
+	}
+	file := filepath.Join(filepath.Dir(g.path), "user-data")
+	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
+		g.t.Fatal(err)
+	}
+	exe, lerr := exec.LookPath(shell[0])
+	if lerr != nil {
+		testenv.Missing(g.t, shell[0], ".mise/tasks/setup/packages installs it")
+	}
+	cmd := exec.Command(exe, append(shell[1:], file)...)
+	cmd.Env = []string{"PATH=" + g.path, "http_proxy=http://127.0.0.1:1"}
+	out, err := cmd.CombinedOutput()
+	said, rerr := os.ReadFile(g.options.console)
+	if rerr != nil {
+		g.t.Fatal(rerr)
+	}
+	return string(said) + string(out), err
+}
+
+// started checks what the agent was given.
+func (g *guest) started(b vmprovider.Bootstrap) {
+	g.t.Helper()
+	read := func(name string) string {
+		content, err := os.ReadFile(filepath.Join(g.options.dir, name))
+		if err != nil {
+			g.t.Error(err)
+		}
+		return string(content)
+	}
+	if got, want := read("args"), "--bootstrap "+g.options.dir+"/bootstrap.json --poweroff\n"; got != want {
+		g.t.Errorf("arguments %q, want %q", got, want)
+	}
+	if mode := read("mode"); !strings.HasPrefix(mode, "-rw------- ") {
+		g.t.Errorf("the file with the token: %s", mode)
+	}
+	var got struct {
+		Contacts []string
+		CA       []byte
+		Token    string
+	}
+	if err := json.Unmarshal([]byte(read("seen.json")), &got); err != nil || got.Token != b.Token || string(got.CA) != string(b.CA) || !reflect.DeepEqual(got.Contacts, b.Contacts) {
+		g.t.Errorf("bootstrap %+v, %v", got, err)
+	}
+}
+
+// TestScript runs it in each shell with each of the programs that a guest may have.
+func TestScript(t *testing.T) {
+	for _, shell := range shells {
+		for name, equip := range map[string]func(g *guest){
+			"curl":          func(g *guest) { g.link("curl", "curl"); g.link("sha256sum", "sha256sum") },
+			"wget, openssl": func(g *guest) { g.link("wget", "wget"); g.link("openssl", "openssl") },
+			"busybox":       func(g *guest) { g.link("busybox", "wget"); g.link("busybox", "sha256sum") },
+			"FreeBSD": func(g *guest) {
+				g.link("curl", "real")
+				g.fake("fetch", `[ "$1 $2 $3 $4" = "-q -T 30 -o" ] && [ $# = 6 ] && exec real -sf -o "$5" "$6"`)
+				g.link("sha256sum", "sum")
+				g.fake("sha256", `[ "$1" = -q ] && set -- $(sum "$2") && echo "$1"`)
+			},
+			"OpenBSD": func(g *guest) {
+				g.link("curl", "real")
+				g.fake("ftp", `[ "$1 $2" = "-V -o" ] && [ $# = 4 ] && exec real -sf -o "$3" "$4"`)
+				g.link("sha256sum", "sum")
+				g.fake("sha256", `[ "$1" = -q ] && set -- $(sum "$2") && echo "$1"`)
+			},
+			"illumos": func(g *guest) {
+				g.link("curl", "curl")
+				g.link("sha256sum", "sum")
+				g.fake("digest", `[ "$1 $2" = "-a sha256" ] && set -- $(sum "$3") && echo "$1"`)
+			},
+		} {
+			t.Run(shell[0]+"/"+name, func(t *testing.T) {
+				t.Parallel()
+				g := newGuest(t)
+				equip(g)
+				b := g.bootstrap()
+				console, err := g.boot(shell, b)
+				if err != nil || !strings.Contains(console, "solstice: starting the agent\nthe agent speaks\n") || strings.Contains(console, b.Token) {
+					t.Fatalf("%v\n%s", err, console)
+				}
+				g.started(b)
+			})
+		}
+	}
+}
+
+// TestSystems: the names that systems give themselves.
+func TestSystems(t *testing.T) {
+	for said, want := range map[[2]string]string{
+		{"SunOS", "i86pc"}: "illumos/amd64", {"FreeBSD", "amd64"}: "freebsd/amd64", {"OpenBSD", "amd64"}: "openbsd/amd64",
+		{"NetBSD", "amd64"}: "netbsd/amd64", {"Linux", "x86_64"}: "linux/amd64", {"Linux", "aarch64"}: "linux/arm64",
+		{"Linux", "riscv64"}: "linux/riscv64",
+	} {
+		g := newGuest(t, "curl", "sha256sum")
+		if err := os.Remove(filepath.Join(g.path, "uname")); err != nil {
+			t.Fatal(err)
+		}
+		g.fake("uname", fmt.Sprintf("case $1 in -s) echo %s ;; -m) echo %s ;; esac", said[0], said[1]))
+		b := g.bootstrap()
+		b.AgentSHA256 = map[string]string{"plan9/386": agentSum}
+		if console, err := g.boot(shells[0], b); err == nil || console != "solstice: there is no agent for "+want+"\n" {
+			t.Errorf("%v: %v\n%s", said, err, console)
+		}
+	}
+}
+
+// TestFaults: what passes is waited for, what does not is said.
+func TestFaults(t *testing.T) {
+	whole := func(w http.ResponseWriter) { _, _ = w.Write([]byte(agentScript)) }
+	for name, c := range map[string]struct {
+		programs []string
+		answer   func(w http.ResponseWriter, n int64)
+		change   func(b *vmprovider.Bootstrap)
+		want     string // on the console where it fails; empty: it starts
+	}{
+		"not there at first": {answer: func(w http.ResponseWriter, n int64) {
+			if n < 3 {
+				w.WriteHeader(http.StatusServiceUnavailable)
+				return
+			}
+			whole(w)
+		}},
+		"cut in the middle": {answer: func(w http.ResponseWriter, n int64) {
+			if n == 1 {
+				w.Header().Set("Content-Length", "1000")
+				_, _ = w.Write([]byte(agentScript[:20]))
+				return
+			}
+			whole(w)
+		}},
+		"another file at first": {answer: func(w http.ResponseWriter, n int64) {
+			if n == 1 {
+				_, _ = w.Write([]byte("#!/bin/sh\necho another one\n"))
+				return
+			}
+			whole(w)
+		}},
+		"another file":             {answer: func(w http.ResponseWriter, _ int64) { _, _ = w.Write([]byte("#!/bin/sh\necho another one\n")) }, want: "its SHA-256 is "},
+		"never there":              {answer: func(w http.ResponseWriter, _ int64) { w.WriteHeader(http.StatusNotFound) }, want: "giving up: no agent"},
+		"no server":                {change: func(b *vmprovider.Bootstrap) { b.RunnerURL = "http://127.0.0.1:1/runner" }, want: "giving up: no agent"},
+		"nothing to download with": {programs: []string{"sha256sum"}, want: "no curl, wget, fetch or ftp"},
+		"nothing to hash with":     {programs: []string{"curl"}, want: "no sha256sum"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if c.programs == nil {
+				c.programs = []string{"curl", "sha256sum"}
+			}
+			g := newGuest(t, c.programs...)
+			if c.answer != nil {
+				g.answer = c.answer
+			}
+			b := g.bootstrap()
+			if c.change != nil {
+				c.change(&b)
+			}
+			console, err := g.boot(shells[0], b)
+			if c.want == "" {
+				if err != nil {
+					t.Fatalf("%v\n%s", err, console)
+				}
+				g.started(b)
+				return
+			}
+			if err == nil || !strings.Contains(console, "solstice: ") || !strings.Contains(console, c.want) || strings.Contains(console, "another one") {
+				t.Errorf("%v\n%s", err, console)
+			}
+			if _, err := os.Stat(filepath.Join(g.options.dir, "args")); err == nil {
+				t.Error("something was started")
+			}
+		})
+	}
+}
+
+// FuzzUserData: whatever the values are, the script that is made of them hands
+// them over, and runs nothing of them.
+func FuzzUserData(f *testing.F) {
+	f.Add("token", "10.0.2.2:1", "sol-1", "http://host/runner")
+	f.Add("'; reboot #", "[::1]:1", "a", "http://host/$(reboot)")
+	f.Add("`reboot`\\", "h:1", "x.y", "https://h:1/a'b")
+	f.Add("solstice-bootstrap", "solstice-bootstrap:1", "solstice-bootstrap", "http://solstice-bootstrap")
+	dash, err := exec.LookPath("dash")
+	if err != nil {
+		testenv.Missing(f, "dash", ".mise/tasks/setup/packages installs it")
+	}
+	f.Fuzz(func(t *testing.T, token, contact, instance, url string) {
+		b := bootstrap()
+		b.Token, b.Contacts, b.InstanceID, b.Hostname, b.RunnerURL = token, []string{contact}, instance, instance, url
+		o := Options{}
+		o.fill()
+		script, err := userData(b, o)
+		if err != nil {
+			return
+		}
+		// The values alone, with nothing to run but cat.
+		text := string(script)
+		i, j := strings.Index(text, "url="), strings.Index(text, "\nunset")
+		k, l := strings.Index(text, "cat >bootstrap.json"), strings.LastIndex(text, "\nsay ")
+		heredoc := strings.Replace(text[k:l], "cat >bootstrap.json", "cat", 1)
+		heredoc = strings.Replace(heredoc, `|| fail "cannot write to $dir"`, "", 1)
+		cmd := exec.Command(dash, "-c", text[i:j]+"\nprintf '%s\\n' \"$url\"\n"+heredoc)
+		cmd.Env = []string{"PATH=/bin"}
+		out, err := cmd.CombinedOutput()
+		said, conf, _ := strings.Cut(string(out), "\n")
+		var got struct {
+			Contacts []string
+			Token    string
+		}
+		if jerr := json.Unmarshal([]byte(conf), &got); err != nil || jerr != nil || said != strings.TrimSuffix(url, "/") || got.Token != token || got.Contacts[0] != contact {
+			t.Fatalf("%v, %v: %s", err, jerr, out)
+		}
+	})
+}
