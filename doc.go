@@ -23,7 +23,8 @@
 //     helpers that every user needs, drivers in packages below it, and a
 //     conformance suite (queuetest, …) that anybody's driver can run.
 //     vmprovider/image has base images of virtual machines, a catalogue and a store;
-//     vmprovider/seed tells a fresh virtual machine what it is for.
+//     vmprovider/seed tells a fresh virtual machine what it is for;
+//     vmprovider/remotevm has a plugin make machines.
 //   - examples: the CLI (examples/solstice), the daemon (examples/orchestrator),
 //     the agent's main, and an embedding in a hundred lines (examples/embed). They import nothing internal.
 //   - internal/store: the rows and transitions that the engine stands on;
