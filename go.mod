@@ -42,6 +42,8 @@ require (
 	golang.org/x/term v0.47.0
 	google.golang.org/grpc v1.85.0
 	google.golang.org/protobuf v1.36.12
+	libvirt.org/go/libvirt v1.11010.0
+	libvirt.org/go/libvirtxml v1.11010.0
 	modernc.org/sqlite v1.61.1
 	pgregory.net/rapid v1.3.0
 )

@@ -1,0 +1,216 @@
+package testenv
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// LibvirtServer is a libvirtd for QEMU that only this test uses. It and what it
+// starts are in a PID and a mount namespace of their own, so that nothing of it
+// is left when the test ends, and nothing of the host's libvirtd is seen.
+type LibvirtServer struct {
+	URI      string
+	Pool     string // storage pool of type dir
+	PoolPath string
+
+	dir string
+}
+
+// StartLibvirt starts a libvirtd; it needs root.
+func StartLibvirt(t testing.TB) *LibvirtServer {
+	t.Helper()
+	for program, pkg := range map[string]string{
+		"libvirtd": "libvirt-daemon-system", "virsh": "libvirt-clients", "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "tini": "tini",
+	} {
+		if _, err := exec.LookPath(program); err != nil {
+			Missing(t, "libvirt with QEMU", fmt.Sprintf("%v (Debian: apt-get install %s)", err, pkg))
+		}
+	}
+	if os.Geteuid() != 0 {
+		Missing(t, "libvirt with QEMU", "a libvirtd of one's own needs root")
+	}
+	s := &LibvirtServer{Pool: "solstice"}
+	private(t, "libvirt", func(dir string) error {
+		s.dir, s.PoolPath = dir, filepath.Join(dir, "pool")
+		s.URI = "qemu:///system?socket=" + filepath.Join(dir, "sock/libvirt-sock")
+		return s.launch()
+	})
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, log := range []string{"namespace.log", "libvirtd.log", "messages.log"} {
+				b, _ := os.ReadFile(filepath.Join(s.dir, log))
+				t.Logf("%s:\n%s", log, b[max(0, len(b)-4000):])
+			}
+		}
+	})
+	return s
+}
+
+// enter makes the namespaces, in which the directories that libvirt uses are
+// others, and keeps them until it is killed.
+const enter = `
+set -e
+for d in etc/libvirt var/lib/libvirt var/cache/libvirt var/log/libvirt run/libvirt; do
+	mkdir -p "/$d" "$1/$d"
+	mount --bind "$1/$d" "/$d"
+done
+mkdir -p "$1/etc/libvirt/qemu"
+echo 'stdio_handler = "file"
+user = "root"
+group = "root"
+security_driver = "none"' >/etc/libvirt/qemu.conf
+: >"$1/entered"
+exec tini -- sleep infinity
+`
+
+func (s *LibvirtServer) launch() error {
+	for _, d := range []string{"sock", "pool"} {
+		if err := os.Mkdir(filepath.Join(s.dir, d), 0o700); err != nil {
+			return err
+		}
+	}
+	conf := fmt.Sprintf("unix_sock_dir = %q\nauth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\nlog_outputs = \"3:file:%s\"\n",
+		filepath.Join(s.dir, "sock"), filepath.Join(s.dir, "messages.log"))
+	if err := os.WriteFile(filepath.Join(s.dir, "libvirtd.conf"), []byte(conf), 0o600); err != nil {
+		return err
+	}
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + s.dir}
+	if err := spawn(s.dir, "namespace", env, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", enter, "sh", s.dir); err != nil {
+		return err
+	}
+	entered := func(context.Context) error {
+		_, err := os.Stat(filepath.Join(s.dir, "entered"))
+		return err
+	}
+	if err := await(s.dir, "namespace.pid", entered, "namespace.log"); err != nil {
+		return err
+	}
+	if err := s.start(); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"pool-define-as", s.Pool, "dir", "--target", s.PoolPath}, {"pool-autostart", s.Pool}, {"pool-start", s.Pool},
+	} {
+		if _, err := s.virsh(args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inside is a command in the namespaces.
+func (s *LibvirtServer) inside(argv ...string) ([]string, error) {
+	pid, err := readPID(filepath.Join(s.dir, "namespace.pid"))
+	if err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return nil, err
+	}
+	return append([]string{"nsenter", "-t", strings.TrimSpace(string(b)), "--mount", "--pid", "--"}, argv...), nil
+}
+
+func (s *LibvirtServer) start() error {
+	argv, err := s.inside("libvirtd", "-f", filepath.Join(s.dir, "libvirtd.conf"), "-p", filepath.Join(s.dir, "daemon"))
+	if err != nil {
+		return err
+	}
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + s.dir}
+	if err := spawn(s.dir, "libvirtd", env, argv...); err != nil {
+		return err
+	}
+	return await(s.dir, "libvirtd.pid", func(context.Context) error {
+		_, err := s.virsh("list")
+		return err
+	}, "libvirtd.log", "messages.log")
+}
+
+func (s *LibvirtServer) virsh(args ...string) (string, error) {
+	cmd := exec.Command("virsh", append([]string{"-q", "-c", s.URI}, args...)...)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("virsh %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(said.Bytes()))
+	}
+	return string(out), nil
+}
+
+// Virsh runs a command of virsh and gives what it says.
+func (s *LibvirtServer) Virsh(t testing.TB, args ...string) string {
+	t.Helper()
+	out, err := s.virsh(args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// signal reaches a process by its pid in the namespace.
+func (s *LibvirtServer) signal(t testing.TB, sig syscall.Signal, pidFile string) {
+	t.Helper()
+	pid, err := readPID(pidFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	argv, err := s.inside("kill", "-"+strconv.Itoa(int(sig)), strconv.Itoa(pid))
+	if err == nil {
+		var out []byte
+		if out, err = exec.Command(argv[0], argv[1:]...).CombinedOutput(); err != nil {
+			err = fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	if err != nil {
+		t.Fatalf("signal %v to %s: %v", sig, filepath.Base(pidFile), err)
+	}
+}
+
+// Kill ends libvirtd as a crash would; guests run on.
+func (s *LibvirtServer) Kill(t testing.TB) {
+	t.Helper()
+	s.signal(t, syscall.SIGKILL, filepath.Join(s.dir, "daemon"))
+	pid, err := readPID(filepath.Join(s.dir, "libvirtd.pid")) // of nsenter, which waits for it
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitGone(t, pid)
+	if err := os.Remove(filepath.Join(s.dir, "libvirtd.pid")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Start starts libvirtd again after Kill.
+func (s *LibvirtServer) Start(t testing.TB) {
+	t.Helper()
+	if err := s.start(); err != nil {
+		t.Fatalf("start libvirtd: %v", err)
+	}
+}
+
+// Pause stops libvirtd with SIGSTOP: connections stay open and nothing answers.
+func (s *LibvirtServer) Pause(t testing.TB) {
+	t.Helper()
+	s.signal(t, syscall.SIGSTOP, filepath.Join(s.dir, "daemon"))
+}
+
+// Resume ends a Pause.
+func (s *LibvirtServer) Resume(t testing.TB) {
+	t.Helper()
+	s.signal(t, syscall.SIGCONT, filepath.Join(s.dir, "daemon"))
+}
+
+// SignalGuest sends a signal to the QEMU of a domain.
+func (s *LibvirtServer) SignalGuest(t testing.TB, name string, sig syscall.Signal) {
+	t.Helper()
+	s.signal(t, sig, filepath.Join(s.dir, "run/libvirt/qemu", name+".pid"))
+}
+

@@ -1,0 +1,286 @@
+//go:build (libvirt || libvirt_dlopen) && cgo
+
+package libvirtvm
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/solstice-ci/solstice-go/internal/testenv"
+	"github.com/solstice-ci/solstice-go/vmprovider"
+	"github.com/solstice-ci/solstice-go/vmprovider/vmprovidertest"
+)
+
+// Guests that are a boot sector, in 16-bit code: what they do they do at once.
+var (
+	halt     = []byte{0xf4, 0xeb, 0xfd}                                          // hlt; jmp $-1
+	powerOff = append([]byte{0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef}, halt...) // mov dx,0x604; mov ax,0x2000; out dx,ax
+	panics   = append([]byte{0xba, 0x05, 0x05, 0xb0, 0x01, 0xee}, halt...)       // mov dx,0x505; mov al,1; out dx,al
+	printer  = []byte{                                                           // writes the string at 0x7c40 to the serial port
+		0xfc, 0x31, 0xc0, 0x8e, 0xd8, 0xbe, 0x40, 0x7c, // cld; xor ax,ax; mov ds,ax; mov si,0x7c40
+		0xac, 0x84, 0xc0, 0x74, 0x12, 0x88, 0xc4, // next: lodsb; test al,al; jz done; mov ah,al
+		0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb, // mov dx,0x3fd; wait: in al,dx; test al,0x20; jz wait
+		0xba, 0xf8, 0x03, 0x88, 0xe0, 0xee, 0xeb, 0xe9, // mov dx,0x3f8; mov al,ah; out dx,al; jmp next
+	}
+)
+
+// says prints text and goes on with then.
+func says(t vmprovidertest.T, text string, then []byte) []byte {
+	code := append(slices.Clone(printer), then...)
+	if len(code) > 0x40 || 0x40+len(text)+1 > 510 {
+		t.Fatalf("a boot sector has no room for %q", text)
+	}
+	code = append(code, make([]byte, 0x40-len(code))...)
+	return append(append(code, text...), 0)
+}
+
+// image writes a raw disk that boots code.
+func image(t vmprovidertest.T, dir string, code []byte) vmprovider.Image {
+	disk := make([]byte, 1<<20)
+	copy(disk, code)
+	disk[510], disk[511] = 0x55, 0xaa
+	f, err := os.CreateTemp(dir, "image-")
+	if err == nil {
+		_, err = f.Write(disk)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return vmprovider.Image{Path: f.Name(), Format: "raw"}
+}
+
+func config(s *testenv.LibvirtServer) Config {
+	return Config{
+		URI: s.URI, Accelerator: TCG, StoragePool: s.Pool, Network: Network{Type: NetworkUser}, MemoryBytes: 32 << 20,
+		Logger: slog.New(slog.DiscardHandler),
+	}
+}
+
+func provider(t vmprovidertest.T, cfg Config) *Provider {
+	p, err := New(context.WithoutCancel(t.Context()), cfg) // the suite opens one to clean up, too
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return p
+}
+
+func bootstrap() vmprovider.Bootstrap {
+	return vmprovider.Bootstrap{
+		Contacts: []string{"10.0.2.2:50052"}, CA: testCA, Token: "secret-token", RunnerURL: "http://10.0.2.2:8080/runner",
+		AgentSHA256: map[string]string{"linux/amd64": strings.Repeat("0", 64)}, Hostname: "sol-1", InstanceID: "sol-1",
+	}
+}
+
+// TestConformance: real machines of a real libvirtd.
+func TestConformance(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	dir := t.TempDir()
+	with := func(code func(t vmprovidertest.T) []byte) func(t vmprovidertest.T, spec *vmprovider.Spec) {
+		return func(t vmprovidertest.T, spec *vmprovider.Spec) {
+			spec.Image, spec.Bootstrap = image(t, dir, code(t)), bootstrap()
+		}
+	}
+	cfg := config(s)
+	cfg.Max = 9
+	vmprovidertest.Run(t, vmprovidertest.Harness{
+		Open:       func(t vmprovidertest.T) vmprovider.Provider { return provider(t, cfg) },
+		Spec:       with(func(vmprovidertest.T) []byte { return halt }),
+		NeverBoots: with(func(vmprovidertest.T) []byte { return halt }),
+		ExitsEarly: with(func(t vmprovidertest.T) []byte { return says(t, "going\n", powerOff) }),
+		Prints: func(t vmprovidertest.T, spec *vmprovider.Spec, text string) {
+			with(func(t vmprovidertest.T) []byte { return says(t, text, halt) })(t, spec)
+		},
+		Leave: func(t vmprovidertest.T, id, owner string) {
+			spec := vmprovider.Spec{ID: id, Owner: owner, Image: image(t, dir, halt), Bootstrap: bootstrap()}
+			leave(t, cfg, spec, "overlay")
+		},
+		Capacity: cfg.Max,
+	})
+	left, err := filepath.Glob(filepath.Join(s.PoolPath, "*"))
+	if err != nil || len(left) > 0 || strings.TrimSpace(s.Virsh(t, "list", "--all", "--name")) != "" {
+		t.Errorf("left: %v, %v, %s", left, err, s.Virsh(t, "list", "--all"))
+	}
+}
+
+// leave ends a Create at a step, as if the process had been killed there.
+func leave(t vmprovidertest.T, cfg Config, spec vmprovider.Spec, step string) {
+	at := make(chan struct{})
+	cfg.failpoint = func(name string) {
+		if name == step {
+			close(at)
+			select {} // for ever, as a process that is gone
+		}
+	}
+	p := provider(t, cfg)
+	go func() { _, _ = p.Create(t.Context(), spec) }()
+	<-at
+}
+
+// TestSynthetic: libvirt's own stand-in for tests, which keeps its state inside
+// the connection.
+func TestSynthetic(t *testing.T) {
+	h, err := dial("test:///default")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	cfg := Config{URI: "test:///default", StoragePool: "default-pool", Network: Network{Type: NetworkNone}}
+	vmprovidertest.Run(t, vmprovidertest.Harness{
+		Open: func(t vmprovidertest.T) vmprovider.Provider { return provider(t, cfg) },
+		Spec: func(_ vmprovidertest.T, spec *vmprovider.Spec) {
+			spec.Image, spec.Bootstrap, spec.DiskBytes = vmprovider.Image{Path: "/base.raw", Format: "raw"}, bootstrap(), 1<<20
+		},
+	})
+}
+
+// TestGuestEnds: how a guest ended is said.
+func TestGuestEnds(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	dir := t.TempDir()
+	p := provider(t, config(s))
+	t.Cleanup(func() { _ = p.Close() })
+	for name, c := range map[string]struct {
+		code   []byte
+		end    func(id string)
+		reason string
+	}{
+		"off":    {says(t, "off\n", powerOff), nil, "the guest powered off"},
+		"panic":  {says(t, "oh\n", panics), nil, "the guest panicked, or QEMU crashed"},
+		"killed": {halt, func(id string) { s.SignalGuest(t, id, syscall.SIGKILL) }, "the guest panicked, or QEMU crashed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec := vmprovider.Spec{ID: "t-" + name, Owner: "me", Image: image(t, dir, c.code), Bootstrap: bootstrap()}
+			if _, err := p.Create(t.Context(), spec); err != nil {
+				t.Fatal(err)
+			}
+			if c.end != nil {
+				c.end(spec.ID)
+			}
+			inst, err := vmprovider.Wait(t.Context(), p, spec.ID, func(i vmprovider.Instance) bool { return i.State != vmprovider.StateRunning })
+			if err != nil || inst.State != vmprovider.StateStopped || inst.Reason != c.reason {
+				t.Errorf("%+v, %v; want it stopped, %q", inst, err, c.reason)
+			}
+			if err := p.Destroy(t.Context(), spec.ID, vmprovider.DestroyOptions{}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestKilledAnywhere: whatever a provider was doing when its process was killed,
+// List shows what is left, and one Destroy removes it.
+func TestKilledAnywhere(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	dir := t.TempDir()
+	cfg := config(s)
+	for _, step := range []string{"overlay", "seed", "upload", "console", "start", "started", "made"} {
+		t.Run(step, func(t *testing.T) {
+			spec := vmprovider.Spec{ID: "t-" + step, Owner: "me", Image: image(t, dir, halt), Bootstrap: bootstrap()}
+			leave(t, cfg, spec, step)
+			p := provider(t, cfg)
+			defer func() { _ = p.Close() }()
+			inst, err := p.Get(t.Context(), spec.ID)
+			if err != nil || inst.Owner != "me" || inst.State != map[string]vmprovider.State{
+				"started": vmprovider.StateRunning, "made": vmprovider.StateRunning,
+			}[step] && inst.State != vmprovider.StateLeftover {
+				t.Errorf("%+v, %v", inst, err)
+			}
+			if err := p.Destroy(t.Context(), spec.ID, vmprovider.DestroyOptions{}); err != nil {
+				t.Error(err)
+			}
+			nothing(t, s, p)
+		})
+	}
+}
+
+// nothing asserts that no part of a machine is left.
+func nothing(t *testing.T, s *testenv.LibvirtServer, p *Provider) {
+	t.Helper()
+	for inst, err := range p.List(t.Context(), vmprovider.ListOptions{}) {
+		t.Errorf("left: %+v, %v", inst, err)
+	}
+	files, err := filepath.Glob(filepath.Join(s.PoolPath, "*"))
+	if err != nil || len(files) > 0 {
+		t.Errorf("left: %v, %v", files, err)
+	}
+	if out := strings.TrimSpace(s.Virsh(t, "list", "--all", "--name")); out != "" {
+		t.Errorf("left: %s", out)
+	}
+}
+
+// TestLibvirtdKilled: machines run on, calls fail with ErrUnavailable until it is
+// back, and watchers are told to begin anew.
+func TestLibvirtdKilled(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	p := provider(t, config(s))
+	t.Cleanup(func() { _ = p.Close() })
+	spec := vmprovider.Spec{ID: "t-1", Owner: "me", Image: image(t, t.TempDir(), halt), Bootstrap: bootstrap()}
+	if _, err := p.Create(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	watched := make(chan error, 1)
+	snapshot := make(chan struct{})
+	go func() {
+		for inst, err := range p.Watch(t.Context()) {
+			if err != nil {
+				watched <- err
+			} else if inst.ID == "" {
+				close(snapshot)
+			}
+		}
+	}()
+	<-snapshot
+	s.Kill(t)
+	if err := <-watched; !errors.Is(err, vmprovider.ErrUnavailable) {
+		t.Errorf("watch ended with %v", err)
+	}
+	if _, err := p.Get(t.Context(), spec.ID); !errors.Is(err, vmprovider.ErrUnavailable) {
+		t.Errorf("Get without libvirtd: %v", err)
+	}
+	s.Start(t)
+	inst, err := vmprovider.Wait(t.Context(), p, spec.ID, func(vmprovider.Instance) bool { return true })
+	if err != nil || inst.State != vmprovider.StateRunning {
+		t.Errorf("%+v, %v", inst, err)
+	}
+	if err := p.Destroy(t.Context(), spec.ID, vmprovider.DestroyOptions{}); err != nil {
+		t.Error(err)
+	}
+	nothing(t, s, p)
+}
+
+// TestForeign: domains and volumes of others are not seen and not touched.
+func TestForeign(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	p := provider(t, config(s))
+	t.Cleanup(func() { _ = p.Close() })
+	file := filepath.Join(t.TempDir(), "domain.xml")
+	if err := os.WriteFile(file, []byte(`<domain type="qemu"><name>mine</name><memory>1024</memory><os><type>hvm</type></os></domain>`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Virsh(t, "define", file)
+	s.Virsh(t, "vol-create-as", s.Pool, "mine.raw", "1M")
+	for inst, err := range p.List(t.Context(), vmprovider.ListOptions{}) {
+		t.Errorf("%+v, %v", inst, err)
+	}
+	if _, err := p.Get(t.Context(), "mine"); !errors.Is(err, vmprovider.ErrNotFound) {
+		t.Errorf("Get: %v", err)
+	}
+	if err := p.Destroy(t.Context(), "mine", vmprovider.DestroyOptions{}); err != nil {
+		t.Error(err)
+	}
+	_, err := p.Create(t.Context(), vmprovider.Spec{ID: "mine", Owner: "me", Image: image(t, t.TempDir(), halt), Bootstrap: bootstrap()})
+	if !errors.Is(err, vmprovider.ErrExists) {
+		t.Errorf("Create: %v", err)
+	}
+	if out := s.Virsh(t, "list", "--all", "--name") + s.Virsh(t, "vol-list", s.Pool); !strings.Contains(out, "mine\n") || !strings.Contains(out, "mine.raw") {
+		t.Errorf("gone: %s", out)
+	}
+}
