@@ -213,4 +213,3 @@ func (s *LibvirtServer) SignalGuest(t testing.TB, name string, sig syscall.Signa
 	t.Helper()
 	s.signal(t, sig, filepath.Join(s.dir, "run/libvirt/qemu", name+".pid"))
 }
-

@@ -72,7 +72,7 @@ const (
 
 // volume is the name of a machine's volume.
 func volume(id, owner, kind string) string {
-	return id + "@" + url.PathEscape(owner) + "@" + kind
+	return id + "@" + url.QueryEscape(owner) + "@" + kind
 }
 
 // volumeOf takes a volume's name apart; what it holds is not a machine's of
@@ -82,7 +82,7 @@ func volumeOf(name string) (id, owner string, ok bool) {
 	if len(parts) != 3 || vmprovider.ValidateID(parts[0]) != nil {
 		return "", "", false
 	}
-	owner, err := url.PathUnescape(parts[1])
+	owner, err := url.QueryUnescape(parts[1])
 	return parts[0], owner, err == nil
 }
 

@@ -57,14 +57,14 @@ var (
 )
 
 // call runs one of the hypervisor's calls, which know no context: when ctx ends
-// first, the call is left alone.
+// first, the call is left alone, and the error is its cause.
 func call[V any](ctx context.Context, f func() (V, error)) (V, error) {
 	type result struct {
 		v   V
 		err error
 	}
 	done := make(chan result, 1)
-	if err := ctx.Err(); err != nil {
+	if err := context.Cause(ctx); err != nil {
 		var none V
 		return none, err
 	}
@@ -77,7 +77,7 @@ func call[V any](ctx context.Context, f func() (V, error)) (V, error) {
 		return r.v, r.err
 	case <-ctx.Done():
 		var none V
-		return none, ctx.Err()
+		return none, context.Cause(ctx)
 	}
 }
 

@@ -407,7 +407,7 @@ func (p *Provider) admit(ctx context.Context, h hypervisor, c *creation) error {
 	if p.cfg.Max > 0 {
 		unlock, err := p.locks.Lock(ctx, "") // one counts at a time
 		if err != nil {
-			return err
+			return context.Cause(ctx)
 		}
 		defer unlock()
 		if there, err = p.list(ctx, h); err != nil {
