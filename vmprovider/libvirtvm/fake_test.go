@@ -392,7 +392,7 @@ func TestCreateFails(t *testing.T) {
 			p := h.provider(t, fakeConfig())
 			defer func() { _ = p.Close() }()
 			broken := errors.New("broken")
-			if want == vmprovider.ErrCapacity {
+			if errors.Is(want, vmprovider.ErrCapacity) {
 				broken = errNoSpace
 			}
 			h.intercept(func(c string) error {

@@ -27,7 +27,7 @@ func (c Config) checkImage(s vmprovider.Spec) error {
 		return invalid("image %s is not there", img.Path)
 	}
 	if err != nil {
-		return nil //nolint:nilerr // the hypervisor may be allowed to
+		return nil // the hypervisor may be allowed to
 	}
 	defer func() { _ = f.Close() }()
 	size, err := virtualSize(f, img.Format)

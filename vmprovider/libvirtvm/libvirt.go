@@ -24,7 +24,7 @@ var events = sync.OnceValue(func() error {
 		return err
 	}
 	go func() {
-		for libvirt.EventRunDefaultImpl() == nil { //nolint:revive // it does the work
+		for libvirt.EventRunDefaultImpl() == nil {
 		}
 	}()
 	return nil

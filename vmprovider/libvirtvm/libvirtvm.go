@@ -809,7 +809,6 @@ type console struct {
 	read       int64
 	rest       bytes.Buffer
 	last       bool // nothing comes after rest
-	closed     sync.Once
 }
 
 // fill gets what is new.
