@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -21,7 +22,7 @@ import (
 )
 
 // shells are those that a guest's /bin/sh may be.
-var shells = [][]string{{"dash"}, {"bash", "--posix"}, {"busybox", "ash"}}
+var shells = [][]string{{"dash"}, {"bash", "--posix"}, {"busybox", "ash"}, {"mksh"}}
 
 // The agent of these tests notes how it was started.
 const agentScript = `#!/bin/sh
@@ -29,10 +30,12 @@ printf '%s\n' "$*" >args
 ls -l bootstrap.json >mode
 cp bootstrap.json seen.json
 echo "the agent speaks"
+echo "and complains" >&2
+umask >umask
 `
 
 // tools are the programs that every guest has, and the script needs.
-var tools = []string{"uname", "tr", "mkdir", "sleep", "rm", "chmod", "mv", "cat", "ls", "cp", "sh"}
+var tools = []string{"printf", "uname", "tr", "mkdir", "sleep", "rm", "chmod", "mv", "cat", "ls", "cp", "sh"}
 
 // guest is a place where the script runs: a search path of its own, and a server
 // to download from.
@@ -40,6 +43,7 @@ type guest struct {
 	t       *testing.T
 	path    string
 	options Options
+	console string // read instead of the options' one
 	server  *httptest.Server
 	asked   atomic.Int64
 	answer  func(w http.ResponseWriter, n int64) // to the n-th request
@@ -117,7 +121,11 @@ func (g *guest) boot(shell []string, b vmprovider.Bootstrap) (console string, er
 	cmd := exec.Command(exe, append(shell[1:], file)...)
 	cmd.Env = []string{"PATH=" + g.path, "http_proxy=http://127.0.0.1:1"}
 	out, err := cmd.CombinedOutput()
-	said, rerr := os.ReadFile(g.options.console)
+	from := g.options.console
+	if g.console != "" {
+		from = g.console
+	}
+	said, rerr := os.ReadFile(from)
 	if rerr != nil {
 		g.t.Fatal(rerr)
 	}
@@ -187,6 +195,37 @@ func TestScript(t *testing.T) {
 				g.started(b)
 			})
 		}
+	}
+}
+
+// TestConsole: what the agent says goes there, too; where it cannot be opened the
+// agent starts all the same.
+func TestConsole(t *testing.T) {
+	for _, shell := range shells {
+		t.Run(shell[0], func(t *testing.T) {
+			t.Parallel()
+			g := newGuest(t, "curl", "sha256sum")
+			b := g.bootstrap()
+			if _, err := g.boot(shell, b); err != nil {
+				t.Fatal(err)
+			}
+			said, err := os.ReadFile(g.options.console)
+			if err != nil || !strings.HasSuffix(string(said), "starting the agent\nthe agent speaks\nand complains\n") {
+				t.Errorf("the console shows %q, %v", said, err)
+			}
+			umask, err := os.ReadFile(filepath.Join(g.options.dir, "umask"))
+			if err != nil || strings.TrimLeft(strings.TrimSpace(string(umask)), "0") != "22" {
+				t.Errorf("the agent's umask is %q, %v", umask, err)
+			}
+			if err := errors.Join(os.Remove(g.options.console), os.Mkdir(g.options.console, 0o700), os.RemoveAll(g.options.dir)); err != nil {
+				t.Fatal(err)
+			}
+			g.console = "/dev/null" // of which nothing is read back
+			if _, err := g.boot(shell, b); err != nil {
+				t.Errorf("with a console that is a directory: %v", err)
+			}
+			g.started(b)
+		})
 	}
 }
 

@@ -19,12 +19,15 @@ package seed
 import (
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	_ "embed"
@@ -118,9 +121,13 @@ func check(b vmprovider.Bootstrap) error {
 	}
 	for _, c := range b.Contacts {
 		host, port, err := net.SplitHostPort(c)
-		if err != nil || host == "" || port == "" || !urlForm.MatchString(c) {
+		n, perr := strconv.ParseUint(port, 10, 16)
+		if errors.Join(err, perr) != nil || host == "" || n == 0 || !urlForm.MatchString(c) {
 			return invalid("contact %q is not HOST:PORT", c)
 		}
+	}
+	if block, _ := pem.Decode(b.CA); block == nil || block.Type != "CERTIFICATE" {
+		return invalid("the authority is no certificate in PEM")
 	}
 	if !tokenForm.MatchString(b.Token) {
 		return invalid("the enrolment token is empty or not of printable ASCII")

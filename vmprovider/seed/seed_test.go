@@ -16,7 +16,7 @@ const agentSum = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b8
 
 func bootstrap() vmprovider.Bootstrap {
 	return vmprovider.Bootstrap{
-		Contacts: []string{"10.0.2.2:50052", "[fd00::1]:50052"}, CA: []byte("-----BEGIN CERTIFICATE-----\nMII\n-----END CERTIFICATE-----\n"),
+		Contacts: []string{"10.0.2.2:50052", "[fd00::1]:50052"}, CA: []byte("-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"),
 		Token: "secret-token", RunnerURL: "http://10.0.2.2:50053/runner/", AgentSHA256: map[string]string{"linux/amd64": agentSum},
 		Hostname: "sol-1", InstanceID: "sol-1",
 	}
@@ -105,21 +105,25 @@ func TestISO(t *testing.T) {
 // TestBadInput: what cannot be carried out is said, and nothing is quoted wrongly.
 func TestBadInput(t *testing.T) {
 	for name, change := range map[string]func(*vmprovider.Bootstrap){
-		"no contacts":              func(b *vmprovider.Bootstrap) { b.Contacts = nil },
-		"a contact without port":   func(b *vmprovider.Bootstrap) { b.Contacts = []string{"host"} },
-		"a contact of two lines":   func(b *vmprovider.Bootstrap) { b.Contacts = []string{"a:1\nb:2"} },
-		"no token":                 func(b *vmprovider.Bootstrap) { b.Token = "" },
-		"a token of two lines":     func(b *vmprovider.Bootstrap) { b.Token = "a\nsolstice-bootstrap\nreboot" },
-		"no instance":              func(b *vmprovider.Bootstrap) { b.InstanceID = "" },
-		"an instance in YAML":      func(b *vmprovider.Bootstrap) { b.InstanceID = "a: b" },
-		"a host name with a blank": func(b *vmprovider.Bootstrap) { b.Hostname = "a b" },
-		"no URL":                   func(b *vmprovider.Bootstrap) { b.RunnerURL = "" },
-		"a URL that is a command":  func(b *vmprovider.Bootstrap) { b.RunnerURL = "http://host/'$(reboot)'" },
-		"a URL with a password":    func(b *vmprovider.Bootstrap) { b.RunnerURL = "http://u:p@host/runner" },
-		"a file's URL":             func(b *vmprovider.Bootstrap) { b.RunnerURL = "file:///etc" },
-		"no agent":                 func(b *vmprovider.Bootstrap) { b.AgentSHA256 = nil },
-		"a short hash":             func(b *vmprovider.Bootstrap) { b.AgentSHA256 = map[string]string{"linux/amd64": "00"} },
-		"a platform that is code":  func(b *vmprovider.Bootstrap) { b.AgentSHA256 = map[string]string{"*) reboot;;": agentSum} },
+		"no contacts":               func(b *vmprovider.Bootstrap) { b.Contacts = nil },
+		"a contact without port":    func(b *vmprovider.Bootstrap) { b.Contacts = []string{"host"} },
+		"a contact at port 0":       func(b *vmprovider.Bootstrap) { b.Contacts = []string{"host:0"} },
+		"a contact at port 65536":   func(b *vmprovider.Bootstrap) { b.Contacts = []string{"host:65536"} },
+		"no authority":              func(b *vmprovider.Bootstrap) { b.CA = nil },
+		"an authority that is none": func(b *vmprovider.Bootstrap) { b.CA = []byte("x") },
+		"a contact of two lines":    func(b *vmprovider.Bootstrap) { b.Contacts = []string{"a:1\nb:2"} },
+		"no token":                  func(b *vmprovider.Bootstrap) { b.Token = "" },
+		"a token of two lines":      func(b *vmprovider.Bootstrap) { b.Token = "a\nsolstice-bootstrap\nreboot" },
+		"no instance":               func(b *vmprovider.Bootstrap) { b.InstanceID = "" },
+		"an instance in YAML":       func(b *vmprovider.Bootstrap) { b.InstanceID = "a: b" },
+		"a host name with a blank":  func(b *vmprovider.Bootstrap) { b.Hostname = "a b" },
+		"no URL":                    func(b *vmprovider.Bootstrap) { b.RunnerURL = "" },
+		"a URL that is a command":   func(b *vmprovider.Bootstrap) { b.RunnerURL = "http://host/'$(reboot)'" },
+		"a URL with a password":     func(b *vmprovider.Bootstrap) { b.RunnerURL = "http://u:p@host/runner" },
+		"a file's URL":              func(b *vmprovider.Bootstrap) { b.RunnerURL = "file:///etc" },
+		"no agent":                  func(b *vmprovider.Bootstrap) { b.AgentSHA256 = nil },
+		"a short hash":              func(b *vmprovider.Bootstrap) { b.AgentSHA256 = map[string]string{"linux/amd64": "00"} },
+		"a platform that is code":   func(b *vmprovider.Bootstrap) { b.AgentSHA256 = map[string]string{"*) reboot;;": agentSum} },
 	} {
 		b := bootstrap()
 		change(&b)

@@ -21,24 +21,39 @@ have() {
 	command -v "$1" >/dev/null 2>&1
 }
 
-get() { # URL FILE; nothing waits for more than 30 s without a byte
+bounded() { # COMMAND…, for what has no time limit of its own
+	"$@" &
+	job=$!
+	(
+		sleep 300 &
+		nap=$!
+		trap 'kill "$nap"; exit' TERM
+		wait "$nap"
+		kill "$job"
+	) >/dev/null 2>&1 &
+	dog=$!
+	wait "$job"
+	code=$?
+	kill "$dog" 2>/dev/null
+	return "$code"
+}
+
+get() { # URL FILE
 	if have curl; then
 		curl -fsS --connect-timeout 30 --speed-limit 1 --speed-time 30 -o "$2" "$1"
 	elif have wget; then
 		case $(wget --version 2>/dev/null) in
-		*GNU*) wget -q -t 1 -T 30 -O "$2" "$1" ;;
-		*) wget -q -O "$2" "$1" ;; # Debian's static busybox crashes with -T
+		*GNU*) wget -nv -t 1 -T 30 -O "$2" "$1" ;;
+		*) bounded wget -q -O "$2" "$1" ;; # Debian's static busybox crashes with -T
 		esac
 	elif have fetch; then
 		fetch -q -T 30 -o "$2" "$1"
-	elif have ftp; then
-		ftp -V -o "$2" "$1"
 	else
-		fail "no curl, wget, fetch or ftp to download the agent with"
+		bounded ftp -V -o "$2" "$1"
 	fi
 }
 
-hash() { # FILE
+checksum() { # FILE
 	if have sha256sum; then
 		sha256sum <"$1"
 	elif have sha256; then
@@ -68,14 +83,15 @@ case $os/$arch in
 *) fail "there is no agent for $os/$arch" ;;
 esac
 
-mkdir -p "$dir" && cd "$dir" || fail "cannot make $dir"
+have curl || have wget || have fetch || have ftp || fail "no curl, wget, fetch or ftp to download the agent with"
+(umask 022 && mkdir -p "${dir%/*}") && mkdir -p "$dir" && cd "$dir" || fail "cannot make $dir"
 say "fetching the agent for $os/$arch from $url"
 got=
 for wait in 0 @WAITS@; do
 	sleep "$wait"
 	rm -f agent.new
 	if why=$(get "$url/$os/$arch" agent.new 2>&1); then
-		got=$(hash agent.new) || fail "${got:-cannot compute the SHA-256 of the agent}"
+		got=$(checksum agent.new) || fail "${got:-cannot compute the SHA-256 of the agent}"
 		got=${got%% *}
 		if [ "$got" = "$want" ]; then
 			break
@@ -89,11 +105,13 @@ done
 chmod 700 agent.new
 mv -f agent.new agent || fail "cannot keep the agent in $dir"
 
+rm -f bootstrap.json
 cat >bootstrap.json <<'solstice-bootstrap' || fail "cannot write to $dir"
 @BOOTSTRAP@
 solstice-bootstrap
 say "starting the agent"
-if : >>"$console"; then
+if (: >>"$console") 2>/dev/null; then # a failed exec would be the end
 	exec >>"$console" 2>&1
-fi 2>/dev/null
+fi
+umask 022
 exec ./agent --bootstrap "$dir/bootstrap.json" --poweroff
