@@ -22,6 +22,7 @@
 //   - queue, blobstore, vmprovider, forge: the seams. Each is an interface, with
 //     helpers that every user needs, drivers in packages below it, and a
 //     conformance suite (queuetest, …) that anybody's driver can run.
+//     vmprovider/libvirtvm makes virtual machines with libvirt;
 //     vmprovider/image has base images of virtual machines, a catalogue and a store;
 //     vmprovider/seed tells a fresh virtual machine what it is for;
 //     vmprovider/remotevm has a plugin make machines.
