@@ -155,6 +155,19 @@ func (s *LibvirtServer) Virsh(t testing.TB, args ...string) string {
 	return out
 }
 
+// FillPool puts a file system without room in the pool's place.
+func (s *LibvirtServer) FillPool(t testing.TB) {
+	t.Helper()
+	script := `mount -t tmpfs -o size=16k full "$1" && ! dd if=/dev/zero of="$1/filler" bs=4k 2>/dev/null`
+	argv, err := s.inside("sh", "-c", script, "sh", s.PoolPath)
+	if err == nil {
+		err = exec.Command(argv[0], argv[1:]...).Run()
+	}
+	if err != nil {
+		t.Fatalf("fill the pool: %v", err)
+	}
+}
+
 // signal reaches a process by its pid in the namespace.
 func (s *LibvirtServer) signal(t testing.TB, sig syscall.Signal, pidFile string) {
 	t.Helper()

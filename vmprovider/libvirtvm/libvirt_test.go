@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -243,6 +244,63 @@ func TestLibvirtdKilled(t *testing.T) {
 	}
 	if err := p.Destroy(t.Context(), spec.ID, vmprovider.DestroyOptions{}); err != nil {
 		t.Error(err)
+	}
+	nothing(t, s, p)
+}
+
+// TestLibvirtdPaused: nobody waits longer than its context for a libvirtd that
+// does not answer, and after a while it counts as gone.
+func TestLibvirtdPaused(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	p := provider(t, config(s))
+	t.Cleanup(func() { _ = p.Close() })
+	snapshot := make(chan struct{})
+	watched := make(chan error, 1)
+	go func() {
+		for inst, err := range p.Watch(t.Context()) {
+			if err != nil {
+				watched <- err
+			} else if inst.ID == "" {
+				close(snapshot)
+			}
+		}
+	}()
+	<-snapshot
+	s.Pause(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := p.Get(ctx, "t-1"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Get: %v", err)
+	}
+	if err := <-watched; !errors.Is(err, vmprovider.ErrUnavailable) {
+		t.Errorf("watch ended with %v", err)
+	}
+	s.Resume(t)
+	spec := vmprovider.Spec{ID: "t-1", Owner: "me", Image: image(t, t.TempDir(), halt), Bootstrap: bootstrap()}
+	for {
+		_, err := p.Create(t.Context(), spec)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, vmprovider.ErrUnavailable) {
+			t.Fatalf("resumed: %v", err)
+		}
+	}
+	if err := p.Destroy(t.Context(), spec.ID, vmprovider.DestroyOptions{}); err != nil {
+		t.Error(err)
+	}
+	nothing(t, s, p)
+}
+
+// TestPoolFull: no room is ErrCapacity, and nothing is left.
+func TestPoolFull(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	p := provider(t, config(s))
+	t.Cleanup(func() { _ = p.Close() })
+	s.FillPool(t)
+	_, err := p.Create(t.Context(), vmprovider.Spec{ID: "t-1", Owner: "me", Image: image(t, t.TempDir(), halt), Bootstrap: bootstrap()})
+	if !errors.Is(err, vmprovider.ErrCapacity) {
+		t.Errorf("Create: %v", err)
 	}
 	nothing(t, s, p)
 }
