@@ -46,3 +46,10 @@ func (l *Locks) Lock(ctx context.Context, name string) (unlock func(), err error
 		return nil, ctx.Err()
 	}
 }
+
+// InUse is how many names are held or waited for.
+func (l *Locks) InUse() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.held)
+}

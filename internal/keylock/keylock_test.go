@@ -26,8 +26,8 @@ func TestLock(t *testing.T) {
 		}
 	}
 	wg.Wait()
-	if n[0] != 50 || n[1] != 50 || len(l.held) != 0 {
-		t.Errorf("%v, %d locks are left", n, len(l.held))
+	if n[0] != 50 || n[1] != 50 || l.InUse() != 0 {
+		t.Errorf("%v, %d locks are left", n, l.InUse())
 	}
 }
 

@@ -36,7 +36,7 @@ func (p *Provider) attend(id string, proc proctree.ID) {
 
 // exited writes down how the process ended and tells the watchers.
 func (p *Provider) exited(id string, proc proctree.ID) error {
-	unlock, err := p.lock(p.ctx, id)
+	unlock, err := p.locks.Lock(p.ctx, id)
 	if err != nil {
 		return err
 	}

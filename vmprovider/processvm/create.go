@@ -55,7 +55,7 @@ func (p *Provider) create(ctx context.Context, s vmprovider.Spec) (vmprovider.In
 	if err := p.admit(c); err != nil {
 		return vmprovider.Instance{}, err
 	}
-	unlock, err := p.lock(ctx, s.ID)
+	unlock, err := p.locks.Lock(ctx, s.ID)
 	if err != nil {
 		p.dismiss(s.ID)
 		return vmprovider.Instance{}, context.Cause(ctx)

@@ -29,7 +29,7 @@ func (p *Provider) Destroy(ctx context.Context, id string, _ vmprovider.DestroyO
 		c.interrupt(errDestroyed)
 	}
 	p.mu.Unlock()
-	unlock, err := p.lock(ctx, id)
+	unlock, err := p.locks.Lock(ctx, id)
 	if err == nil {
 		defer unlock()
 		err = p.destroy(ctx, id, "destruction has begun")

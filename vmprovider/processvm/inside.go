@@ -94,7 +94,7 @@ func (p *Provider) agentEnded(r *resident, err error) {
 		r.exit += ": " + err.Error()
 	}
 	close(r.done)
-	if unlock, err := p.lock(p.ctx, r.rec.ID); err == nil {
+	if unlock, err := p.locks.Lock(p.ctx, r.rec.ID); err == nil {
 		p.publish(r.rec.ID)
 		unlock()
 	}

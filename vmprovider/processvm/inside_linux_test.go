@@ -225,7 +225,7 @@ func TestInsideManyMachines(t *testing.T) {
 	remembered := func() int {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		return len(p.residents) + len(p.locks) + len(p.creating) + len(p.attended)
+		return len(p.residents) + p.locks.InUse() + len(p.creating) + len(p.attended)
 	}
 	one(0)
 	goroutines, files := runtime.NumGoroutine(), descriptors()

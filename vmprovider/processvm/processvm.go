@@ -64,6 +64,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/solstice-ci/solstice-go/internal/keylock"
 	"github.com/solstice-ci/solstice-go/internal/proctree"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
@@ -119,6 +120,7 @@ type Provider struct {
 	self     proctree.ID
 	cgroups  string // where those of machines are made; empty: nowhere
 	notifier vmprovider.Notifier
+	locks    keylock.Locks // of what changes one machine
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -126,7 +128,6 @@ type Provider struct {
 	mu       sync.Mutex
 	closed   bool
 	busy     sync.WaitGroup // calls and goroutines that Close waits for
-	locks    map[string]*idLock
 	creating map[string]*creation
 	attended map[string]proctree.ID
 
@@ -170,7 +171,7 @@ func New(cfg Config) (*Provider, error) {
 	}
 	p := &Provider{
 		cfg: cfg, log: cfg.Logger,
-		locks: map[string]*idLock{}, creating: map[string]*creation{}, attended: map[string]proctree.ID{},
+		creating: map[string]*creation{}, attended: map[string]proctree.ID{},
 		residents: map[string]*resident{},
 	}
 	if p.self, err = proctree.Self(); err != nil {
@@ -253,37 +254,6 @@ func (p *Provider) begin(ctx context.Context, call, id string) (end func(), err 
 	}
 	p.busy.Add(1)
 	return p.busy.Done, nil
-}
-
-// idLock serialises what changes one machine.
-type idLock struct {
-	held chan struct{} // holds one token while locked
-	refs int
-}
-
-func (p *Provider) lock(ctx context.Context, id string) (unlock func(), err error) {
-	p.mu.Lock()
-	l := p.locks[id]
-	if l == nil {
-		l = &idLock{held: make(chan struct{}, 1)}
-		p.locks[id] = l
-	}
-	l.refs++
-	p.mu.Unlock()
-	release := func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if l.refs--; l.refs == 0 {
-			delete(p.locks, id)
-		}
-	}
-	select {
-	case l.held <- struct{}{}:
-		return func() { <-l.held; release() }, nil
-	case <-ctx.Done():
-		release()
-		return nil, ctx.Err()
-	}
 }
 
 // Get reads the machine's directory and looks whether its process lives.
