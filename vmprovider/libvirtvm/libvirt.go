@@ -35,6 +35,10 @@ type connection struct {
 	c    *libvirt.Connect
 	lost chan struct{}
 	once sync.Once
+	// calls is held, for reading, by each call: one may go on after nobody waits
+	// for it any more, and libvirt must not lose the connection under it.
+	calls  sync.RWMutex
+	closed bool
 }
 
 func dial(uri string) (hypervisor, error) {
@@ -96,14 +100,40 @@ func unsupported(err error) bool { return code(err) == libvirt.ERR_NO_SUPPORT }
 
 func (h *connection) Lost() <-chan struct{} { return h.lost }
 
-func (h *connection) Close() { _, _ = h.c.Close() } // nothing is to be done about it
+// Close closes the connection when the last call has returned.
+func (h *connection) Close() {
+	go func() {
+		h.calls.Lock()
+		defer h.calls.Unlock()
+		_, _ = h.c.Close() // nothing is to be done about it
+		h.closed = true
+	}()
+}
+
+// enter is the start of each call.
+func (h *connection) enter() error {
+	h.calls.RLock()
+	if h.closed {
+		h.calls.RUnlock()
+		return errLost
+	}
+	return nil
+}
 
 func (h *connection) Hostname() (string, error) {
+	if err := h.enter(); err != nil {
+		return "", err
+	}
+	defer h.calls.RUnlock()
 	name, err := h.c.GetHostname()
 	return name, named(err)
 }
 
 func (h *connection) DefineDomain(xml string) error {
+	if err := h.enter(); err != nil {
+		return err
+	}
+	defer h.calls.RUnlock()
 	d, err := h.c.DomainDefineXMLFlags(xml, 0)
 	if code(err) == libvirt.ERR_OPERATION_FAILED && strings.Contains(err.Error(), "already exists with uuid") {
 		return fmt.Errorf("%w: %w", errExists, err)
@@ -116,6 +146,10 @@ func (h *connection) DefineDomain(xml string) error {
 
 // with calls f on a domain.
 func (h *connection) with(name string, f func(d *libvirt.Domain) error) error {
+	if err := h.enter(); err != nil {
+		return err
+	}
+	defer h.calls.RUnlock()
 	d, err := h.c.LookupDomainByName(name)
 	if err != nil {
 		return named(err)
@@ -163,6 +197,10 @@ func (h *connection) Domain(name string) (found domain, err error) {
 }
 
 func (h *connection) Domains() ([]domain, error) {
+	if err := h.enter(); err != nil {
+		return nil, err
+	}
+	defer h.calls.RUnlock()
 	all, err := h.c.ListAllDomains(0)
 	if err != nil {
 		return nil, named(err)
@@ -207,6 +245,10 @@ func snapshot(d *libvirt.Domain) (domain, error) {
 
 // in calls f on a storage pool.
 func (h *connection) in(pool string, f func(p *libvirt.StoragePool) error) error {
+	if err := h.enter(); err != nil {
+		return err
+	}
+	defer h.calls.RUnlock()
 	p, err := h.c.LookupStoragePoolByName(pool)
 	if err != nil {
 		return named(err)
@@ -301,6 +343,10 @@ func (h *connection) Volumes(pool string) (names []string, err error) {
 }
 
 func (h *connection) Changes(f func(name string)) error {
+	if err := h.enter(); err != nil {
+		return err
+	}
+	defer h.calls.RUnlock()
 	_, err := h.c.DomainEventLifecycleRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, _ *libvirt.DomainEventLifecycle) {
 		if name, err := d.GetName(); err == nil {
 			f(name)

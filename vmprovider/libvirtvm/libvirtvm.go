@@ -748,6 +748,12 @@ func (p *Provider) changed(name string) {
 			return
 		}
 		defer unlock()
+		d, err := call(p.ctx, func() (domain, error) { return h.Domain(name) })
+		if err == nil {
+			if _, err := read(d.XML); errors.Is(err, errForeign) {
+				return
+			}
+		}
 		inst, err := p.get(p.ctx, h, name)
 		switch {
 		case errors.Is(err, vmprovider.ErrNotFound):
