@@ -1,0 +1,100 @@
+package libvirtvm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/solstice-ci/solstice-go/vmprovider"
+)
+
+// consoler is the Consoler of a hypervisor that has consoles.
+type consoler struct{ *Provider }
+
+// Console reads the file that the serial console is written to.
+func (p consoler) Console(ctx context.Context, id string, follow bool) (io.ReadCloser, error) {
+	inst, err := p.Get(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	r := &console{p: p.Provider, ctx: ctx, id: id, volume: volume(id, inst.Owner, consoleVolume), follow: follow}
+	if err := r.fill(); err != nil {
+		return nil, fmt.Errorf("libvirtvm: console of %q: %w", id, unavailable(err))
+	}
+	return r, nil
+}
+
+// console reads piece by piece, since a download has an end.
+type console struct {
+	p          *Provider
+	ctx        context.Context
+	id, volume string
+	follow     bool
+	read       int64
+	rest       bytes.Buffer
+	last       bool // nothing comes after rest
+}
+
+// fill gets what is new.
+func (c *console) fill() error {
+	h, end, err := c.p.begin(c.ctx, "console", c.id)
+	if err != nil {
+		return err
+	}
+	defer end()
+	running := false
+	if c.follow { // asked before, so that its last words are read
+		inst, err := c.p.get(c.ctx, h, c.id)
+		if err != nil && !errors.Is(err, vmprovider.ErrNotFound) {
+			return err
+		}
+		running = err == nil && (inst.State == vmprovider.StateRunning || inst.State == vmprovider.StateCreating)
+	}
+	b, err := call(c.ctx, func() ([]byte, error) {
+		var b bytes.Buffer
+		err := h.Download(c.p.cfg.StoragePool, c.volume, c.read, &b)
+		return b.Bytes(), err
+	})
+	switch {
+	case errors.Is(err, errNoVolume):
+		c.last = !running // destroyed, or not made yet
+		return nil
+	case err != nil:
+		return err
+	}
+	c.read += int64(len(b))
+	c.rest.Write(b)
+	c.last = !running
+	return nil
+}
+
+// Read implements io.Reader.
+func (c *console) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	for {
+		if c.rest.Len() > 0 {
+			return c.rest.Read(b)
+		}
+		if c.last {
+			return 0, io.EOF
+		}
+		select {
+		case <-c.ctx.Done():
+			return 0, c.ctx.Err()
+		case <-c.p.ctx.Done():
+			return 0, vmprovider.ErrClosed
+		case <-time.After(follow):
+		}
+		if err := c.fill(); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// Close implements io.Closer.
+func (c *console) Close() error { return nil }
