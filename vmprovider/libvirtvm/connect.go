@@ -47,6 +47,9 @@ func (p *Provider) connect(old hypervisor) (hypervisor, error) {
 		return nil, err
 	}
 	path, err := poolPath(h, p.cfg.StoragePool)
+	if err == nil && old == nil {
+		p.host, err = h.Hostname() // before anybody hears of changes
+	}
 	if err == nil {
 		err = h.Changes(p.changed)
 	}

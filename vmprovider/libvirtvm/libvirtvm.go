@@ -76,11 +76,7 @@ func open(ctx context.Context, cfg Config, dial func(uri string) (hypervisor, er
 	}
 	p := &Provider{cfg: cfg, log: cfg.Logger, dial: dial, notifier: &vmprovider.Notifier{}, creating: map[string]*creation{}}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
-	h, err := p.connected(ctx)
-	if err == nil {
-		p.host, err = call(ctx, h.Hostname)
-	}
-	if err != nil {
+	if _, err := p.connected(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("libvirtvm: %s: %w", cfg.URI, unavailable(err)), p.Close())
 	}
 	p.busy.Add(1)
