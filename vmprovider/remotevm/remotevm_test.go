@@ -400,7 +400,11 @@ func BenchmarkGet(b *testing.B) {
 		b.Fatal(err)
 	}
 	remote := serve(b, direct, at, at, nil, nil)
-	defer func() { _ = remote.Close() }()
+	defer func() {
+		if err := errors.Join(direct.Destroy(context.WithoutCancel(b.Context()), "a", vmprovider.DestroyOptions{}), remote.Close()); err != nil {
+			b.Error(err)
+		}
+	}()
 	for name, p := range map[string]vmprovider.Provider{"in process": direct, "over the wire": remote} {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
