@@ -158,6 +158,12 @@ type Pool struct {
 	WarmMaxAge time.Duration
 	// Boot overrides Timing.Boot.
 	Boot time.Duration
+	// Contacts is what the agents of this pool dial, in order, where its guests
+	// reach this engine at other addresses than Config.Contacts. They are told no
+	// others.
+	Contacts []string
+	// RunnerURL is Config.RunnerURL as this pool's guests reach it.
+	RunnerURL string
 	// AgentSHA256 of the agents at RunnerURL, hex by "os/arch".
 	AgentSHA256 map[string]string
 }
@@ -258,6 +264,7 @@ func (c *Config) fill() error {
 		orDefault(&p.HostCapacity, 1<<30)
 		orDefault(&p.WarmMaxAge, time.Hour)
 		orDefault(&p.Boot, c.Timing.Boot)
+		orDefault(&p.RunnerURL, c.RunnerURL)
 		if p.Warm > p.Capacity {
 			errs = append(errs, fmt.Errorf("solstice: pool %q: warm %d is more than its capacity %d", p.Name, p.Warm, p.Capacity))
 		}

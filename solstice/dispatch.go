@@ -210,7 +210,7 @@ func (p *pool) create(ctx context.Context, c store.Claimed, token string) {
 		ID: m.ID, Owner: e.store.Installation(), Image: p.Image, CPUs: p.CPUs, MemoryBytes: p.MemoryBytes, DiskBytes: p.DiskBytes,
 		Labels: map[string]string{"pool": p.Name}, ExpiresAt: timeOf(m.ExpiresAt),
 		Bootstrap: vmprovider.Bootstrap{
-			Contacts: e.Contacts(), CA: e.ca, Token: token, RunnerURL: e.cfg.RunnerURL, AgentSHA256: p.AgentSHA256,
+			Contacts: e.contactsFor(p.Name), CA: e.ca, Token: token, RunnerURL: p.RunnerURL, AgentSHA256: p.AgentSHA256,
 			Hostname: m.ID, InstanceID: m.ID,
 		},
 	})

@@ -443,7 +443,7 @@ func (s *agentService) Enroll(ctx context.Context, r *agentv1.EnrollRequest) (*a
 	return &agentv1.EnrollResponse{
 		SessionCredential: cred, MachineId: m.ID, Protocol: protocol, ServerTime: timestamppb.New(timeOf(now)),
 		HeartbeatInterval: durationpb.New(e.cfg.Timing.Heartbeat), AgentDeadline: durationpb.New(e.cfg.Timing.AgentDeadline),
-		MaxEventBytes: maxEventBytes, Contacts: e.Contacts(),
+		MaxEventBytes: maxEventBytes, Contacts: e.contactsFor(m.Pool),
 	}, nil
 }
 

@@ -100,6 +100,14 @@ func (e *Engine) heardOf(ctx context.Context, id string) {
 // to the others that are there.
 func (e *Engine) Contacts() []string { return slices.Clone(e.fleet.Load().contacts) }
 
+// contactsFor is Contacts for the agents of a pool.
+func (e *Engine) contactsFor(pool string) []string {
+	if p := e.poolNamed(pool); p != nil && len(p.Contacts) > 0 {
+		return slices.Clone(p.Contacts)
+	}
+	return e.Contacts()
+}
+
 // Peers lists where the other orchestrators that are there are reached, as
 // their Config.PeerAddr says.
 func (e *Engine) Peers(ctx context.Context) ([]string, error) {

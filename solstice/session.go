@@ -345,7 +345,7 @@ func (s *session) sendContacts() error {
 		return nil
 	}
 	s.told = now
-	return s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Contacts{Contacts: &agentv1.ContactList{Contacts: now.contacts}}})
+	return s.send(&agentv1.AttachResponse{Msg: &agentv1.AttachResponse_Contacts{Contacts: &agentv1.ContactList{Contacts: s.e.contactsFor(s.machine.Pool)}}})
 }
 
 func (s *session) sendCancel(reason string) error {
