@@ -2,6 +2,7 @@ package seed
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,13 @@ import (
 	"github.com/diskfs/go-diskfs/filesystem/iso9660"
 )
 
+// Sizes in bytes.
+const (
+	fatSize = 1 << 20
+	sector  = 512
+	block   = 2048 // of a CD-ROM
+)
+
 // buildFAT makes a disk with a FAT12 file system, which has long names.
 func buildFAT(files []file) (_ []byte, err error) {
 	defer func() {
@@ -24,19 +32,30 @@ func buildFAT(files []file) (_ []byte, err error) {
 			err = fmt.Errorf("seed: make FAT: %w", err)
 		}
 	}()
-	size := int64(1 << 20)
-	for _, f := range files {
-		size += int64(len(f.content)) &^ (1<<20 - 1)
-	}
-	disk := &memory{data: make([]byte, size)}
-	vol, err := fat12.Create(disk, size, 0, 512, Label, true)
+	disk := &memory{data: make([]byte, fatSize)}
+	vol, err := fat12.Create(disk, fatSize, 0, sector, Label, true)
 	if err != nil {
 		return nil, err
 	}
 	if err := write(vol, files); err != nil {
 		return nil, err
 	}
-	return disk.data, vol.Close()
+	if err := vol.Close(); err != nil {
+		return nil, err
+	}
+	freeCluster2(disk.data)
+	return disk.data, nil
+}
+
+// freeCluster2 undoes that the library takes the first cluster for the root
+// directory, which FAT12 keeps elsewhere: fsck.fat finds a cluster of no file.
+func freeCluster2(disk []byte) {
+	reserved, fats := int(binary.LittleEndian.Uint16(disk[14:])), int(disk[16])
+	length := int(binary.LittleEndian.Uint16(disk[22:]))
+	for i := range fats {
+		fat := disk[(reserved+i*length)*sector:]
+		fat[3], fat[4] = 0, fat[4]&0xf0 // entries have 12 bits
+	}
 }
 
 // buildISO makes an image of a CD-ROM. The library gathers the files in a
@@ -62,7 +81,7 @@ func buildISO(files []file) (_ []byte, err error) {
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return nil, err
 	}
-	vol, err := iso9660.Create(disk, 16<<20, 0, 2048, work)
+	vol, err := iso9660.Create(disk, 16<<20, 0, block, work)
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +91,17 @@ func buildISO(files []file) (_ []byte, err error) {
 	if err := vol.Finalize(iso9660.FinalizeOptions{RockRidge: true, Joliet: true, VolumeIdentifier: Label}); err != nil {
 		return nil, err
 	}
-	return os.ReadFile(out)
+	image, err := os.ReadFile(out)
+	if err != nil {
+		return nil, err
+	}
+	// The file is as long as it was made; the first volume descriptor says how
+	// much of it is the volume (ECMA-119, 8.4.8).
+	size := int(binary.LittleEndian.Uint32(image[16*block+80:])) * block
+	if size == 0 || size > len(image) {
+		return nil, fmt.Errorf("volume of %d bytes in a file of %d", size, len(image))
+	}
+	return image[:size], nil
 }
 
 func write(vol filesystem.FileSystem, files []file) error {

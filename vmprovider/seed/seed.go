@@ -17,13 +17,13 @@
 package seed
 
 import (
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
-	"encoding/pem"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
@@ -53,6 +53,7 @@ type Options struct {
 
 	dir, console string // where the script works, and speaks; tests have their own
 	waits        string // between its tries, in seconds
+	patience     int    // seconds without a byte, after which it ends a download
 }
 
 func (o *Options) fill() {
@@ -68,9 +69,12 @@ func (o *Options) fill() {
 	if o.waits == "" {
 		o.waits = "1 2 4 8 15 15 15 15 15 15"
 	}
+	if o.patience == 0 {
+		o.patience = 30
+	}
 }
 
-// Build returns a seed disk, of about 1 MiB, which holds the enrolment token. An
+// Build returns a seed disk, of up to 1 MiB, which holds the enrolment token. An
 // error that the bootstrap or the options are to blame for wraps
 // vmprovider.ErrInvalid.
 func Build(b vmprovider.Bootstrap, o Options) ([]byte, error) {
@@ -108,35 +112,64 @@ func quoted(s string) string {
 	return string(j)
 }
 
+const label = `[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?`
+
 var (
 	platformForm = regexp.MustCompile(`^[a-z0-9]+/[a-z0-9]+$`)
-	nameForm     = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,251}[a-zA-Z0-9])?$`)
+	instanceForm = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,251}[a-zA-Z0-9])?$`)
+	hostnameForm = regexp.MustCompile(`^` + label + `(\.` + label + `)*$`)
+	addressForm  = regexp.MustCompile(`^[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*\.?$`) // what resolvers take is more than RFC 1123 has
+	numberForm   = regexp.MustCompile(`(^|\.)[0-9]+\.?$`)
 	tokenForm    = regexp.MustCompile(`^[!-~]+$`)
 	urlForm      = regexp.MustCompile(`^[a-zA-Z0-9:/?#\[\]@!$&()*+,;=._~%-]+$`)
 )
+
+// maxScript bounds user-data, in bytes: half of the disk.
+const maxScript = fatSize / 2
+
+// checkAddress says what is wrong with where a guest is to connect to; port may
+// be empty for a URL.
+func checkAddress(host, port string) error {
+	if ip, err := netip.ParseAddr(host); err == nil {
+		if ip.IsUnspecified() || ip.IsMulticast() {
+			return fmt.Errorf("nobody can be reached at %s", host)
+		}
+	} else if len(host) > 253 || !addressForm.MatchString(host) || numberForm.MatchString(host) {
+		return fmt.Errorf("%q is no host name and no IP address", host)
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); port != "" && (err != nil || n == 0) {
+		return fmt.Errorf("port %q: want 1 to 65535", port)
+	}
+	return nil
+}
 
 func check(b vmprovider.Bootstrap) error {
 	if len(b.Contacts) == 0 {
 		return invalid("no contacts")
 	}
-	for _, c := range b.Contacts {
+	for i, c := range b.Contacts {
 		host, port, err := net.SplitHostPort(c)
-		n, perr := strconv.ParseUint(port, 10, 16)
-		if errors.Join(err, perr) != nil || host == "" || n == 0 || !urlForm.MatchString(c) {
-			return invalid("contact %q is not HOST:PORT", c)
+		if err != nil || port == "" || !urlForm.MatchString(c) {
+			return invalid("contact %d, %q: want HOST:PORT", i+1, c)
+		}
+		if err := checkAddress(host, port); err != nil {
+			return invalid("contact %d, %q: %v", i+1, c, err)
 		}
 	}
-	if block, _ := pem.Decode(b.CA); block == nil || block.Type != "CERTIFICATE" {
-		return invalid("the authority is no certificate in PEM")
+	if len(b.CA) == 0 {
+		return invalid("no CA: the agent could not tell who answers")
+	}
+	if !x509.NewCertPool().AppendCertsFromPEM(b.CA) { // as the agent reads it
+		return invalid("the CA, of %d bytes, holds no certificate in PEM", len(b.CA))
 	}
 	if !tokenForm.MatchString(b.Token) {
 		return invalid("the enrolment token is empty or not of printable ASCII")
 	}
-	if !nameForm.MatchString(b.InstanceID) {
+	if !instanceForm.MatchString(b.InstanceID) {
 		return invalid("instance ID %q: want up to 253 of A-Z a-z 0-9 . -", b.InstanceID)
 	}
-	if !nameForm.MatchString(b.Hostname) {
-		return invalid("host name %q: want up to 253 of A-Z a-z 0-9 . -", b.Hostname)
+	if len(b.Hostname) > 253 || !hostnameForm.MatchString(b.Hostname) {
+		return invalid("host name %q: want words of up to 63 of A-Z a-z 0-9 -, with dots between them, up to 253 in all", b.Hostname)
 	}
 	u, err := url.Parse(b.RunnerURL)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.Fragment != "" || !urlForm.MatchString(b.RunnerURL) {
@@ -145,12 +178,18 @@ func check(b vmprovider.Bootstrap) error {
 	if u.User != nil {
 		return invalid("the runner URL has credentials, which all of the guest's users could see")
 	}
+	if err := checkAddress(u.Hostname(), u.Port()); err != nil {
+		return invalid("runner URL %q: %v", b.RunnerURL, err)
+	}
 	if len(b.AgentSHA256) == 0 {
 		return invalid("no SHA-256 of an agent")
 	}
 	for platform, sum := range b.AgentSHA256 {
-		if raw, err := hex.DecodeString(sum); err != nil || len(raw) != 32 || !platformForm.MatchString(platform) {
-			return invalid("agent of %q: %q is not a SHA-256 in hex", platform, sum)
+		if !platformForm.MatchString(platform) {
+			return invalid("agent of %q: want OS/ARCH", platform)
+		}
+		if raw, err := hex.DecodeString(sum); err != nil || len(raw) != 32 {
+			return invalid("agent of %s: %q is not a SHA-256 in hex", platform, sum)
 		}
 	}
 	return nil
@@ -177,10 +216,14 @@ func userData(b vmprovider.Bootstrap, o Options) ([]byte, error) {
 	for _, platform := range slices.Sorted(maps.Keys(b.AgentSHA256)) {
 		fmt.Fprintf(&sums, "\t%s) want=%s ;;\n", platform, strings.ToLower(b.AgentSHA256[platform]))
 	}
-	return []byte(strings.NewReplacer(
-		"@DIR@", shellQuoted(o.dir), "@CONSOLE@", shellQuoted(o.console), "@WAITS@", o.waits,
+	script := strings.NewReplacer(
+		"@DIR@", shellQuoted(o.dir), "@CONSOLE@", shellQuoted(o.console), "@WAITS@", o.waits, "@PATIENCE@", strconv.Itoa(o.patience),
 		"@URL@", shellQuoted(strings.TrimSuffix(b.RunnerURL, "/")), "@SUMS@\n", sums.String(), "@BOOTSTRAP@", string(conf),
-	).Replace(template)), nil
+	).Replace(template)
+	if len(script) > maxScript {
+		return nil, invalid("user-data has %d bytes, of which %d are contacts, CA and token, and %d sums of agents; up to %d fit", len(script), len(conf), sums.Len(), maxScript)
+	}
+	return []byte(script), nil
 }
 
 func shellQuoted(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
