@@ -15,27 +15,29 @@ import (
 	"runtime"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
 
-// shells are those that a guest's /bin/sh may be.
-var shells = [][]string{{"dash"}, {"bash", "--posix"}, {"busybox", "ash"}, {"mksh"}}
+// shells are those that a guest's /bin/sh may be, or near to them: ksh93 is that
+// of illumos, OpenBSD's has the same roots as mksh.
+var shells = [][]string{{"dash"}, {"bash", "--posix"}, {"busybox", "ash"}, {"mksh"}, {"ksh93"}}
 
 // The agent of these tests notes how it was started.
 const agentScript = `#!/bin/sh
 printf '%s\n' "$*" >args
 ls -l bootstrap.json >mode
 cp bootstrap.json seen.json
+umask >mask
 echo "the agent speaks"
 echo "and complains" >&2
-umask >umask
 `
 
 // tools are the programs that every guest has, and the script needs.
-var tools = []string{"printf", "uname", "tr", "mkdir", "sleep", "rm", "chmod", "mv", "cat", "ls", "cp", "sh"}
+var tools = []string{"uname", "tr", "mkdir", "sleep", "rm", "chmod", "mv", "cat", "ls", "cp", "sh", "printf"}
 
 // guest is a place where the script runs: a search path of its own, and a server
 // to download from.
@@ -43,7 +45,6 @@ type guest struct {
 	t       *testing.T
 	path    string
 	options Options
-	console string // read instead of the options' one
 	server  *httptest.Server
 	asked   atomic.Int64
 	answer  func(w http.ResponseWriter, n int64) // to the n-th request
@@ -52,7 +53,7 @@ type guest struct {
 func newGuest(t *testing.T, programs ...string) *guest {
 	t.Helper()
 	base := t.TempDir()
-	g := &guest{t: t, path: filepath.Join(base, "bin"), options: Options{dir: filepath.Join(base, "solstice"), console: filepath.Join(base, "console"), waits: "0 0 0"}}
+	g := &guest{t: t, path: filepath.Join(base, "bin"), options: Options{dir: filepath.Join(base, "var", "solstice"), console: filepath.Join(base, "console"), waits: "0 0 0", patience: 300}}
 	if err := os.WriteFile(g.options.console, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -121,12 +122,8 @@ func (g *guest) boot(shell []string, b vmprovider.Bootstrap) (console string, er
 	cmd := exec.Command(exe, append(shell[1:], file)...)
 	cmd.Env = []string{"PATH=" + g.path, "http_proxy=http://127.0.0.1:1"}
 	out, err := cmd.CombinedOutput()
-	from := g.options.console
-	if g.console != "" {
-		from = g.console
-	}
-	said, rerr := os.ReadFile(from)
-	if rerr != nil {
+	said, rerr := os.ReadFile(g.options.console)
+	if rerr != nil && !errors.Is(rerr, syscall.EISDIR) {
 		g.t.Fatal(rerr)
 	}
 	return string(said) + string(out), err
@@ -148,6 +145,14 @@ func (g *guest) started(b vmprovider.Bootstrap) {
 	if mode := read("mode"); !strings.HasPrefix(mode, "-rw------- ") {
 		g.t.Errorf("the file with the token: %s", mode)
 	}
+	if mask := strings.TrimLeft(read("mask"), "0"); mask != "22\n" {
+		g.t.Errorf("the agent's umask: %s", mask)
+	}
+	for dir, want := range map[string]os.FileMode{g.options.dir: 0o700, filepath.Dir(g.options.dir): 0o755} {
+		if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != want {
+			g.t.Errorf("%s: %v, %v; want %v", dir, info.Mode(), err, want)
+		}
+	}
 	var got struct {
 		Contacts []string
 		CA       []byte
@@ -167,7 +172,7 @@ func TestScript(t *testing.T) {
 			"busybox":       func(g *guest) { g.link("busybox", "wget"); g.link("busybox", "sha256sum") },
 			"FreeBSD": func(g *guest) {
 				g.link("curl", "real")
-				g.fake("fetch", `[ "$1 $2 $3 $4" = "-q -T 30 -o" ] && [ $# = 6 ] && exec real -sf -o "$5" "$6"`)
+				g.fake("fetch", `[ "$1 $2" = "-q -o" ] && [ $# = 4 ] && exec real -sf -o "$3" "$4"`)
 				g.link("sha256sum", "sum")
 				g.fake("sha256", `[ "$1" = -q ] && set -- $(sum "$2") && echo "$1"`)
 			},
@@ -189,7 +194,7 @@ func TestScript(t *testing.T) {
 				equip(g)
 				b := g.bootstrap()
 				console, err := g.boot(shell, b)
-				if err != nil || !strings.Contains(console, "solstice: starting the agent\nthe agent speaks\n") || strings.Contains(console, b.Token) {
+				if err != nil || !strings.Contains(console, "solstice: starting the agent\nthe agent speaks\nand complains\n") || strings.Contains(console, b.Token) {
 					t.Fatalf("%v\n%s", err, console)
 				}
 				g.started(b)
@@ -198,49 +203,18 @@ func TestScript(t *testing.T) {
 	}
 }
 
-// TestConsole: what the agent says goes there, too; where it cannot be opened the
-// agent starts all the same.
-func TestConsole(t *testing.T) {
-	for _, shell := range shells {
-		t.Run(shell[0], func(t *testing.T) {
-			t.Parallel()
-			g := newGuest(t, "curl", "sha256sum")
-			b := g.bootstrap()
-			if _, err := g.boot(shell, b); err != nil {
-				t.Fatal(err)
-			}
-			said, err := os.ReadFile(g.options.console)
-			if err != nil || !strings.HasSuffix(string(said), "starting the agent\nthe agent speaks\nand complains\n") {
-				t.Errorf("the console shows %q, %v", said, err)
-			}
-			umask, err := os.ReadFile(filepath.Join(g.options.dir, "umask"))
-			if err != nil || strings.TrimLeft(strings.TrimSpace(string(umask)), "0") != "22" {
-				t.Errorf("the agent's umask is %q, %v", umask, err)
-			}
-			if err := errors.Join(os.Remove(g.options.console), os.Mkdir(g.options.console, 0o700), os.RemoveAll(g.options.dir)); err != nil {
-				t.Fatal(err)
-			}
-			g.console = "/dev/null" // of which nothing is read back
-			if _, err := g.boot(shell, b); err != nil {
-				t.Errorf("with a console that is a directory: %v", err)
-			}
-			g.started(b)
-		})
-	}
-}
-
 // TestSystems: the names that systems give themselves.
 func TestSystems(t *testing.T) {
 	for said, want := range map[[2]string]string{
 		{"SunOS", "i86pc"}: "illumos/amd64", {"FreeBSD", "amd64"}: "freebsd/amd64", {"OpenBSD", "amd64"}: "openbsd/amd64",
 		{"NetBSD", "amd64"}: "netbsd/amd64", {"Linux", "x86_64"}: "linux/amd64", {"Linux", "aarch64"}: "linux/arm64",
-		{"Linux", "riscv64"}: "linux/riscv64",
+		{"Linux", "riscv64"}: "linux/riscv64", {"NetBSD", "evbarm"}: "netbsd/arm64", {"FreeBSD", "arm64"}: "freebsd/arm64",
 	} {
 		g := newGuest(t, "curl", "sha256sum")
 		if err := os.Remove(filepath.Join(g.path, "uname")); err != nil {
 			t.Fatal(err)
 		}
-		g.fake("uname", fmt.Sprintf("case $1 in -s) echo %s ;; -m) echo %s ;; esac", said[0], said[1]))
+		g.fake("uname", fmt.Sprintf("case $1 in -s) echo %s ;; -m) echo %s ;; -p) echo aarch64 ;; esac", said[0], said[1]))
 		b := g.bootstrap()
 		b.AgentSHA256 = map[string]string{"plan9/386": agentSum}
 		if console, err := g.boot(shells[0], b); err == nil || console != "solstice: there is no agent for "+want+"\n" {
@@ -252,6 +226,7 @@ func TestSystems(t *testing.T) {
 // TestFaults: what passes is waited for, what does not is said.
 func TestFaults(t *testing.T) {
 	whole := func(w http.ResponseWriter) { _, _ = w.Write([]byte(agentScript)) }
+	missing := func(w http.ResponseWriter, _ int64) { w.WriteHeader(http.StatusNotFound) }
 	for name, c := range map[string]struct {
 		programs []string
 		answer   func(w http.ResponseWriter, n int64)
@@ -281,10 +256,12 @@ func TestFaults(t *testing.T) {
 			whole(w)
 		}},
 		"another file":             {answer: func(w http.ResponseWriter, _ int64) { _, _ = w.Write([]byte("#!/bin/sh\necho another one\n")) }, want: "its SHA-256 is "},
-		"never there":              {answer: func(w http.ResponseWriter, _ int64) { w.WriteHeader(http.StatusNotFound) }, want: "giving up: no agent"},
+		"never there":              {answer: missing, want: "giving up: no agent"},
+		"curl's reason":            {answer: missing, want: "not fetched: curl: (22) The requested URL returned error: 404"},
+		"wget's reason":            {programs: []string{"wget", "sha256sum"}, answer: missing, want: "ERROR 404: Not Found."},
 		"no server":                {change: func(b *vmprovider.Bootstrap) { b.RunnerURL = "http://127.0.0.1:1/runner" }, want: "giving up: no agent"},
-		"nothing to download with": {programs: []string{"sha256sum"}, want: "no curl, wget, fetch or ftp"},
-		"nothing to hash with":     {programs: []string{"curl"}, want: "no sha256sum"},
+		"nothing to download with": {programs: []string{"sha256sum"}, want: "solstice: no curl, wget, fetch or ftp to download the agent with\n"},
+		"nothing to hash with":     {programs: []string{"curl"}, want: "solstice: no sha256sum, "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -317,6 +294,72 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+// TestStalled: a download that brings nothing, from the beginning or from the
+// middle on, is ended and tried again, whatever the program.
+func TestStalled(t *testing.T) {
+	for i, shell := range shells {
+		for name, equip := range map[string]func(g *guest){
+			"curl":    func(g *guest) { g.link("curl", "curl") },
+			"wget":    func(g *guest) { g.link("wget", "wget") },
+			"busybox": func(g *guest) { g.link("busybox", "wget") },
+		} {
+			if i > 0 && name != "busybox" {
+				continue // one shell with each, each with the one that has no time-out
+			}
+			t.Run(shell[0]+"/"+name, func(t *testing.T) {
+				t.Parallel()
+				g := newGuest(t, "sha256sum")
+				equip(g)
+				g.options.patience, g.options.waits = 1, strings.Repeat("0 ", 50) // enough for a machine that is slow itself
+				ended := make(chan struct{})
+				g.answer = func(w http.ResponseWriter, n int64) {
+					if n > 2 {
+						_, _ = w.Write([]byte(agentScript))
+						return
+					}
+					if n == 2 {
+						w.Header().Set("Content-Length", "100000")
+						_, _ = w.Write([]byte(agentScript))
+						_ = http.NewResponseController(w).Flush()
+					}
+					<-ended
+				}
+				b := g.bootstrap()
+				console, err := g.boot(shell, b)
+				close(ended)
+				if err != nil || strings.Count(console, "solstice: the agent was not fetched: nothing came for 1 s\n") < 2 {
+					t.Fatalf("%v\n%s", err, console)
+				}
+				g.started(b)
+			})
+		}
+	}
+}
+
+// TestConsole: one that cannot be opened is done without, and what was there
+// before, such as a file of the token that everybody may read, is replaced.
+func TestConsole(t *testing.T) {
+	for _, shell := range shells {
+		t.Run(shell[0], func(t *testing.T) {
+			t.Parallel()
+			g := newGuest(t, "curl", "sha256sum")
+			g.options.console = filepath.Dir(g.path)                                                                          // a directory, which root cannot write to either
+			if err := errors.Join(os.Mkdir(filepath.Dir(g.options.dir), 0o755), os.Mkdir(g.options.dir, 0o700)); err != nil { //nolint:gosec // as /var/lib
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(g.options.dir, "bootstrap.json"), []byte("old"), 0o644); err != nil { //nolint:gosec // what must not last
+				t.Fatal(err)
+			}
+			b := g.bootstrap()
+			out, err := g.boot(shell, b)
+			if err != nil || !strings.Contains(out, "solstice: starting the agent\nthe agent speaks\nand complains\n") || strings.Count(out, "\n") != 4 {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			g.started(b)
+		})
+	}
+}
+
 // FuzzUserData: whatever the values are, the script that is made of them hands
 // them over, and runs nothing of them.
 func FuzzUserData(f *testing.F) {
@@ -339,9 +382,9 @@ func FuzzUserData(f *testing.F) {
 		}
 		// The values alone, with nothing to run but cat.
 		text := string(script)
-		i, j := strings.Index(text, "url="), strings.Index(text, "\nunset")
-		k, l := strings.Index(text, "cat >bootstrap.json"), strings.LastIndex(text, "\nsay ")
-		heredoc := strings.Replace(text[k:l], "cat >bootstrap.json", "cat", 1)
+		i, j := strings.Index(text, "url="), strings.Index(text, "\npatience=")
+		k, l := strings.Index(text, "(umask 077"), strings.LastIndex(text, "\nsay ")
+		heredoc := strings.Replace(text[k:l], "(umask 077 && cat >bootstrap.json)", "cat", 1)
 		heredoc = strings.Replace(heredoc, `|| fail "cannot write to $dir"`, "", 1)
 		cmd := exec.Command(dash, "-c", text[i:j]+"\nprintf '%s\\n' \"$url\"\n"+heredoc)
 		cmd.Env = []string{"PATH=/bin"}
