@@ -45,6 +45,7 @@ type guest struct {
 	t       *testing.T
 	path    string
 	options Options
+	edits   []string // pairs of what is in the script once, and what is there instead
 	server  *httptest.Server
 	asked   atomic.Int64
 	answer  func(w http.ResponseWriter, n int64) // to the n-th request
@@ -107,9 +108,13 @@ func (g *guest) bootstrap() vmprovider.Bootstrap {
 // boot runs the script in a shell, and returns what the console shows.
 func (g *guest) boot(shell []string, b vmprovider.Bootstrap) (console string, err error) {
 	g.t.Helper()
-	script := strings.Replace(scriptOf(g.t, b, g.options), ":/usr/sbin:/sbin:/usr/local/bin:/usr/pkg/bin\n", "\n", 1) // this machine's programs stay out
-	if strings.Contains(script, "/usr/sbin") {
-		g.t.Fatal("the script would find this machine's programs, poweroff too")
+	script := scriptOf(g.t, b, g.options)
+	edits := append([]string{":/usr/sbin:/sbin:/usr/local/bin:/usr/pkg/bin\n", "\n"}, g.edits...) // this machine's programs stay out
+	for i := 0; i < len(edits); i += 2 {
+		if strings.Count(script, edits[i]) != 1 {
+			g.t.Fatalf("the script has %d times %q, want once", strings.Count(script, edits[i]), edits[i])
+		}
+		script = strings.Replace(script, edits[i], edits[i+1], 1)
 	}
 	file := filepath.Join(filepath.Dir(g.path), "user-data")
 	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {

@@ -9,11 +9,13 @@
 // SHA-256 with the one that it was given, writes contacts, authority and enrolment
 // token to a file that only root can read, and starts the agent on it, which powers
 // the machine off in the end. What it does and what goes wrong it says on the
-// console, in lines that begin with "solstice:".
+// console, in lines that begin with "solstice:"; the agent's log follows. Where
+// there is no console to open, all of it goes to the script's own output. A
+// download that brings nothing for half a minute is ended and tried again.
 //
 // A guest needs: something that reads a NoCloud seed and runs its user-data as
-// root once the network is up, one of the programs named above, and one of
-// sha256sum, sha256, digest, shasum or openssl.
+// root once the network is up, the utilities of POSIX, one of the programs named
+// above, and one of sha256sum, sha256, digest, shasum or openssl.
 package seed
 
 import (
