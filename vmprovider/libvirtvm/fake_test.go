@@ -15,13 +15,22 @@ import (
 
 	"libvirt.org/go/libvirtxml"
 
+	"github.com/solstice-ci/solstice-go/internal/selfca"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 	"github.com/solstice-ci/solstice-go/vmprovider/vmprovidertest"
 )
 
+var testCA = sync.OnceValue(func() []byte {
+	ca, err := selfca.New("agents.test")
+	if err != nil {
+		panic(err)
+	}
+	return ca.PEM()
+})
+
 func bootstrap() vmprovider.Bootstrap {
 	return vmprovider.Bootstrap{
-		Contacts: []string{"10.0.2.2:50052"}, CA: []byte("-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"),
+		Contacts: []string{"10.0.2.2:50052"}, CA: testCA(),
 		Token: "secret-token", RunnerURL: "http://10.0.2.2:8080/runner",
 		AgentSHA256: map[string]string{"linux/amd64": strings.Repeat("0", 64)}, Hostname: "sol-1", InstanceID: "sol-1",
 	}

@@ -25,29 +25,47 @@ import (
 	"github.com/solstice-ci/solstice-go/vmprovider/memvm"
 )
 
-// buildAgents builds the real agent for this machine and for the mini guest into a
-// directory that is served to guests, and returns the SHA-256 of each.
-func buildAgents(t *testing.T, dir string) map[string]string {
+// buildAgent builds the real agent, for this machine and the mini guest, into a
+// directory that is served to guests, and returns its SHA-256.
+func buildAgent(t *testing.T, dir string) (sum string) {
 	t.Helper()
-	sums := map[string]string{}
-	for _, arch := range []string{runtime.GOARCH, "amd64"} {
-		file := filepath.Join(dir, "agent-linux-"+arch)
-		run(t, "env", "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "go", "build", "-o", file, "../../examples/agent")
-		content, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum := sha256.Sum256(content)
-		sums["linux/"+arch] = hex.EncodeToString(sum[:])
+	file := filepath.Join(dir, "agent-linux-amd64")
+	run(t, "env", "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "go", "build", "-trimpath", "-ldflags=-s -w", "-o", file, "../../examples/agent")
+	content, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return sums
+	raw := sha256.Sum256(content)
+	return hex.EncodeToString(raw[:])
 }
 
-// runJob has an engine run a job on a machine that machine makes of what the
-// engine tells a hypervisor. The engine and the agent's server are at host, as
-// the machine sees it.
-func runJob(t *testing.T, agents string, sums map[string]string, host string, machine func(b vmprovider.Bootstrap)) {
+// machines is a provider whose machines are run by the test, which receives what
+// the engine tells each, until they are told to go off.
+func machines(t *testing.T, off <-chan struct{}) (vmprovider.Provider, <-chan vmprovider.Bootstrap) {
 	t.Helper()
+	created := make(chan vmprovider.Bootstrap, 10)
+	p := memvm.New(memvm.Config{Script: func(vmprovider.Spec) memvm.Script {
+		return memvm.Script{Agent: func(ctx context.Context, m memvm.Machine) error {
+			created <- m.Spec.Bootstrap
+			select {
+			case <-ctx.Done():
+			case <-off:
+			}
+			return nil
+		}}
+	}})
+	t.Cleanup(func() { _ = p.Close() })
+	return p, created
+}
+
+// TestAgent: the real agent, fetched and started by the script, runs a job, under
+// each shell on this machine, and in a real guest.
+func TestAgent(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS+"/"+runtime.GOARCH != "linux/amd64" {
+		testenv.Missing(t, "a machine like the mini guest", "the agent is built for linux/amd64")
+	}
+	image := testenv.MiniGuest(t)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	dir := t.TempDir()
@@ -63,11 +81,18 @@ func runJob(t *testing.T, agents string, sums map[string]string, host string, ma
 	if err := os.MkdirAll(filepath.Join(repo, ".solstice"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(repo, ".solstice", "workflow.yaml"), []byte("jobs: { a: { steps: [ { run: 'umask && cat README && echo the job ran' } ] } }\n"), 0o600); err != nil {
-		t.Fatal(err)
+	names := make([]string, len(shells))
+	for i, shell := range shells {
+		names[i] = shell[0]
 	}
-	if err := os.WriteFile(filepath.Join(repo, "README"), []byte("a file of the repository\n"), 0o600); err != nil {
-		t.Fatal(err)
+	const steps = "steps: [ { run: 'umask && cat README && echo the job ran' } ]"
+	for name, content := range map[string]string{
+		".solstice/workflow.yaml": "jobs:\n  shell: { matrix: { shell: [" + strings.Join(names, ", ") + "] }, " + steps + " }\n  guest: { runs-on: guest, " + steps + " }\n",
+		"README":                  "a file of the repository\n",
+	} {
+		if err := os.WriteFile(filepath.Join(repo, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, args := range [][]string{{"init", "-q"}, {"add", "-A"}, {"-c", "user.name=T", "-c", "user.email=t@localhost", "commit", "-q", "-m", "test"}} {
 		run(t, "git", append([]string{"-C", repo}, args...)...)
@@ -76,34 +101,31 @@ func runJob(t *testing.T, agents string, sums map[string]string, host string, ma
 	if err != nil {
 		t.Fatal(err)
 	}
-	at := func(l net.Listener) string {
-		_, port, _ := net.SplitHostPort(l.Addr().String()) // as a listener gives it
-		return net.JoinHostPort(host, port)
-	}
+	agents := t.TempDir()
+	sums := map[string]string{"linux/amd64": buildAgent(t, agents)}
 	runner := httptest.NewServer(daemon.RunnerHandler(agents))
 	defer runner.Close()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-
-	// The machine itself is run here, where a test may fail.
-	created, off := make(chan vmprovider.Bootstrap, 10), make(chan struct{})
-	provider := memvm.New(memvm.Config{Script: func(vmprovider.Spec) memvm.Script {
-		return memvm.Script{Agent: func(ctx context.Context, m memvm.Machine) error {
-			created <- m.Spec.Bootstrap
-			select {
-			case <-ctx.Done():
-			case <-off:
-			}
-			return nil
-		}}
-	}})
-	defer func() { _ = provider.Close() }()
+	off := make(chan struct{})
+	pool := func(label, host string) (solstice.Pool, <-chan vmprovider.Bootstrap) {
+		at := func(l net.Listener) string {
+			_, port, _ := net.SplitHostPort(l.Addr().String()) // as a listener gives it
+			return net.JoinHostPort(host, port)
+		}
+		provider, created := machines(t, off)
+		return solstice.Pool{
+			Labels: []string{label}, Provider: provider, AgentSHA256: sums, Capacity: 10,
+			Contacts: []string{at(listener)}, RunnerURL: "http://" + at(runner.Listener) + "/runner",
+		}, created
+	}
+	here, bootstraps := pool(solstice.DefaultLabel, "127.0.0.1")
+	there, guestBootstrap := pool("guest", "10.0.2.2")
 	eng, err := solstice.New(solstice.Config{
-		DB: db, Queue: memqueue.New(), Blobs: memblob.New(), AgentListener: listener, Contacts: []string{at(listener)}, RunnerURL: "http://" + at(runner.Listener) + "/runner",
-		Pools:  []solstice.Pool{{Labels: []string{solstice.DefaultLabel}, Provider: provider, AgentSHA256: sums}},
-		Forges: map[string]forge.Forge{"local": source},
+		DB: db, Queue: memqueue.New(), Blobs: memblob.New(), AgentListener: listener, MaxConcurrency: 10,
+		Pools: []solstice.Pool{here, there}, Forges: map[string]forge.Forge{"local": source},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -120,55 +142,43 @@ func runJob(t *testing.T, agents string, sums map[string]string, host string, ma
 	if err != nil {
 		t.Fatal(err)
 	}
-	machine(<-created)
-	close(off)
-	var log strings.Builder
-	for c, err := range eng.FollowJob(ctx, runs[0].Jobs[0].ID) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		log.Write(c.Chunk.Data)
-	}
-	if !strings.Contains(log.String(), "22\na file of the repository\nthe job ran\n") {
-		t.Errorf("the job's log: %q", log.String())
-	}
-}
 
-// TestAgent: the real agent, fetched and started by the script, runs a job.
-func TestAgent(t *testing.T) {
-	agents := t.TempDir()
-	sums := buildAgents(t, agents)
-	for _, shell := range shells {
-		if runtime.GOOS != "linux" {
-			break // which agents there are for
+	console := func(name string, b vmprovider.Bootstrap, said string) {
+		if !strings.Contains(said, "solstice: starting the agent\ntime=") || strings.Contains(said, b.Token) {
+			t.Errorf("%s: the console shows\n%s", name, said)
 		}
-		t.Run(shell[0], func(t *testing.T) {
-			t.Parallel()
-			runJob(t, agents, sums, "127.0.0.1", func(b vmprovider.Bootstrap) {
-				g := newGuest(t, "curl", "sha256sum")
-				base := filepath.Dir(g.path)
-				// This machine stays on, and has its own directories of that kind.
-				g.edits = []string{" --poweroff\n", "\n", `{"contacts"`, `{"state_dir":"` + base + `/state","work_dir":"` + base + `/work","contacts"`}
-				console, err := g.boot(shell, b)
-				if err != nil || !strings.Contains(console, "solstice: starting the agent\ntime=") || strings.Contains(console, b.Token) {
-					t.Errorf("%v\n%s", err, console)
-				}
-			})
+	}
+	var ends []func()
+	for _, shell := range shells {
+		g, b := newGuest(t, "curl", "sha256sum"), <-bootstraps
+		base := filepath.Dir(g.path)
+		// This machine stays on, and has its own directories of that kind.
+		g.edits = []string{" --poweroff\n", "\n", `{"contacts"`, `{"state_dir":"` + base + `/state","work_dir":"` + base + `/work","contacts"`}
+		end := g.start(shell, b)
+		ends = append(ends, func() {
+			said, err := end()
+			if err != nil {
+				t.Errorf("%s: %v", shell[0], err)
+			}
+			console(shell[0], b, said)
 		})
 	}
-	t.Run("guest", func(t *testing.T) {
-		t.Parallel()
-		image := testenv.MiniGuest(t)
-		runJob(t, agents, sums, "10.0.2.2", func(b vmprovider.Bootstrap) {
-			disk := filepath.Join(t.TempDir(), "seed")
-			if err := os.WriteFile(disk, build(t, b, Options{}), 0o600); err != nil {
+	b := <-guestBootstrap
+	console("guest", b, bootGuest(t, image, b, Options{}))
+	for _, end := range ends {
+		end()
+	}
+	close(off)
+	for _, j := range runs[0].Jobs {
+		var log strings.Builder
+		for c, err := range eng.FollowJob(ctx, j.ID) {
+			if err != nil {
 				t.Fatal(err)
 			}
-			g := testenv.StartQEMU(t, image, disk)
-			g.Wait(t)
-			if console := strings.ReplaceAll(g.Console(t), "\r", ""); !strings.Contains(console, "solstice: starting the agent\ntime=") || strings.Contains(console, b.Token) {
-				t.Error(console)
-			}
-		})
-	})
+			log.Write(c.Chunk.Data)
+		}
+		if !strings.Contains(log.String(), "22\na file of the repository\nthe job ran\n") {
+			t.Errorf("the log of %s: %q", j.Name, log.String())
+		}
+	}
 }

@@ -1,6 +1,7 @@
 package seed
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -105,8 +106,9 @@ func (g *guest) bootstrap() vmprovider.Bootstrap {
 	return b
 }
 
-// boot runs the script in a shell, and returns what the console shows.
-func (g *guest) boot(shell []string, b vmprovider.Bootstrap) (console string, err error) {
+// start runs the script in a shell; end waits for it and returns what the console
+// shows.
+func (g *guest) start(shell []string, b vmprovider.Bootstrap) (end func() (console string, err error)) {
 	g.t.Helper()
 	script := scriptOf(g.t, b, g.options)
 	edits := append([]string{":/usr/sbin:/sbin:/usr/local/bin:/usr/pkg/bin\n", "\n"}, g.edits...) // this machine's programs stay out
@@ -120,18 +122,31 @@ func (g *guest) boot(shell []string, b vmprovider.Bootstrap) (console string, er
 	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
 		g.t.Fatal(err)
 	}
-	exe, lerr := exec.LookPath(shell[0])
-	if lerr != nil {
+	exe, err := exec.LookPath(shell[0])
+	if err != nil {
 		testenv.Missing(g.t, shell[0], ".mise/tasks/setup/packages installs it")
 	}
 	cmd := exec.Command(exe, append(shell[1:], file)...)
 	cmd.Env = []string{"PATH=" + g.path, "http_proxy=http://127.0.0.1:1"}
-	out, err := cmd.CombinedOutput()
-	said, rerr := os.ReadFile(g.options.console)
-	if rerr != nil && !errors.Is(rerr, syscall.EISDIR) {
-		g.t.Fatal(rerr)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		g.t.Fatal(err)
 	}
-	return string(said) + string(out), err
+	return func() (string, error) {
+		err := cmd.Wait()
+		said, rerr := os.ReadFile(g.options.console)
+		if rerr != nil && !errors.Is(rerr, syscall.EISDIR) {
+			g.t.Fatal(rerr)
+		}
+		return string(said) + out.String(), err
+	}
+}
+
+// boot runs the script to its end.
+func (g *guest) boot(shell []string, b vmprovider.Bootstrap) (console string, err error) {
+	g.t.Helper()
+	return g.start(shell, b)()
 }
 
 // started checks what the agent was given.
@@ -302,42 +317,44 @@ func TestFaults(t *testing.T) {
 // TestStalled: a download that brings nothing, from the beginning or from the
 // middle on, is ended and tried again, whatever the program.
 func TestStalled(t *testing.T) {
+	t.Parallel()
+	var ends []func()
 	for i, shell := range shells {
-		for name, equip := range map[string]func(g *guest){
-			"curl":    func(g *guest) { g.link("curl", "curl") },
-			"wget":    func(g *guest) { g.link("wget", "wget") },
-			"busybox": func(g *guest) { g.link("busybox", "wget") },
-		} {
+		for name, program := range map[string]string{"curl": "curl", "wget": "wget", "busybox": "wget"} {
 			if i > 0 && name != "busybox" {
 				continue // one shell with each, each with the one that has no time-out
 			}
-			t.Run(shell[0]+"/"+name, func(t *testing.T) {
-				t.Parallel()
-				g := newGuest(t, "sha256sum")
-				equip(g)
-				g.options.patience, g.options.waits = 1, strings.Repeat("0 ", 50) // enough for a machine that is slow itself
-				ended := make(chan struct{})
-				g.answer = func(w http.ResponseWriter, n int64) {
-					if n > 2 {
-						_, _ = w.Write([]byte(agentScript))
-						return
-					}
-					if n == 2 {
-						w.Header().Set("Content-Length", "100000")
-						_, _ = w.Write([]byte(agentScript))
-						_ = http.NewResponseController(w).Flush()
-					}
-					<-ended
+			g := newGuest(t, "sha256sum")
+			g.link(name, program)
+			g.options.patience, g.options.waits = 1, strings.Repeat("0 ", 50) // enough for a machine that is slow itself
+			ended := make(chan struct{})
+			g.answer = func(w http.ResponseWriter, n int64) {
+				if n > 2 {
+					_, _ = w.Write([]byte(agentScript))
+					return
 				}
-				b := g.bootstrap()
-				console, err := g.boot(shell, b)
+				if n == 2 {
+					w.Header().Set("Content-Length", "100000")
+					_, _ = w.Write([]byte(agentScript))
+					_ = http.NewResponseController(w).Flush()
+				}
+				<-ended
+			}
+			b := g.bootstrap()
+			end := g.start(shell, b)
+			ends = append(ends, func() {
+				console, err := end()
 				close(ended)
 				if err != nil || strings.Count(console, "solstice: the agent was not fetched: nothing came for 1 s\n") < 2 {
-					t.Fatalf("%v\n%s", err, console)
+					t.Errorf("%s, %s: %v\n%s", shell[0], name, err, console)
+					return
 				}
 				g.started(b)
 			})
 		}
+	}
+	for _, end := range ends { // all of them wait at once
+		end()
 	}
 }
 
