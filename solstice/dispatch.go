@@ -52,6 +52,9 @@ func (e *Engine) poolNamed(name string) *pool {
 // dispatchLoop claims whenever there may be work: at the start, on a wake-up,
 // when a slot or a machine frees, and on a slow tick.
 func (p *pool) dispatchLoop(ctx context.Context) {
+	if !p.prepare(ctx) {
+		return
+	}
 	tick := time.NewTicker(p.e.cfg.Timing.Tick)
 	defer tick.Stop()
 	for ctx.Err() == nil {

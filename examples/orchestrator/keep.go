@@ -81,10 +81,10 @@ func (f *flags) backup(ctx context.Context) error {
 // restore makes a state directory of a backup.
 func (f *flags) restore(ctx context.Context) error {
 	if f.StateDir == "" {
-		return usage("there is no state directory", "give --state-dir")
+		return usage("there is no state directory", nil, "give --state-dir")
 	}
 	if f.DatabaseURL != "" || f.DatabaseURLFile != "" {
-		return usage("a backup is restored with its database into the state directory", "leave --database-url away")
+		return usage("a backup is restored with its database into the state directory", nil, "leave --database-url away")
 	}
 	info, err := backup.Restore(ctx, f.Restore.File, f.StateDir)
 	if err != nil {

@@ -6,16 +6,12 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -26,11 +22,11 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/agent"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/pools"
 	"github.com/solstice-ci/solstice-go/solstice/daemon/storage"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
 	"github.com/solstice-ci/solstice-go/solstice/orchestrator"
 	"github.com/solstice-ci/solstice-go/solstice/telemetry"
-	"github.com/solstice-ci/solstice-go/vmprovider/processvm"
 )
 
 type flags struct {
@@ -58,6 +54,9 @@ type flags struct {
 	TrustedPools   []string       `group:"Pools" env:"TRUSTED_POOLS" placeholder:"LABEL" help:"Pools whose jobs are trusted: their agents run inside this process instead of in one each, which is faster. When this process ends, however it does, these jobs end and are tried again."`
 	MachinesDir    string         `group:"Pools" env:"MACHINES_DIR" placeholder:"DIR" help:"Directory of the process pools' machines; orchestrators on one computer may share it, and with it its capacity. Default: machines in the state directory."`
 	PoolEnv        []string       `group:"Pools" env:"POOL_ENV" placeholder:"NAME" help:"Pass this variable on to the steps of the process pools, or with a * at the end all that begin so."`
+	Pools          string         `group:"Pools" env:"POOLS" placeholder:"FILE" help:"YAML file of pools, such as ones of virtual machines, instead of --capacity-map; see docs/pools.md."`
+	ImageCatalogue string         `group:"Pools" name:"catalogue" env:"IMAGE_CATALOGUE" placeholder:"FILE" help:"The catalogue of images, where --pools names none; see docs/images.md."`
+	ImageDir       string         `group:"Pools" env:"IMAGE_DIR" placeholder:"DIR" help:"Directory of downloaded images, which the hypervisor's user has to be able to read. Default: images in the state directory."`
 	RepoRoot       string         `group:"Pools" env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of the repositories on this machine that may be run (${default})."`
 	MinFreeMB      int            `group:"State" name:"min-free-mb" env:"MIN_FREE_MB" default:"256" help:"Room in MiB on the disks of the state directory, a SQLite file, the blobs and the machines, below which no runs are accepted and no jobs begun until there is more."`
 	DrainTimeout   time.Duration  `group:"State" env:"DRAIN_TIMEOUT" default:"30s" help:"How long SIGTERM waits for jobs under way, which then go on without this process."`
@@ -154,7 +153,8 @@ func (f *flags) run(ctx context.Context) (err error) {
 		}
 		cfg.PeerAddr, cfg.Peers = f.PeerAddr, orchestrator.NewPeers(proof)
 	}
-	if err := f.parts(ctx, db, dir, &cfg, &open); err != nil {
+	machines, err := f.parts(ctx, db, dir, &cfg, &open)
+	if err != nil {
 		return err
 	}
 
@@ -178,6 +178,12 @@ func (f *flags) run(ctx context.Context) (err error) {
 	}
 	open.add(closed(cfg.AgentListener))
 	cfg.RunnerURL = url
+	if machines != nil {
+		at := pools.Endpoints{Agents: cfg.AgentListener.Addr(), Runner: guests.Addr(), Contacts: cfg.Contacts, RunnerURL: url}
+		if cfg.Pools, err = machines.Pools(at); err != nil {
+			return usage("the guests of --pools could not reach this orchestrator", err, "")
+		}
+	}
 
 	eng, err := solstice.New(cfg)
 	if err != nil {
@@ -204,7 +210,7 @@ func (f *flags) serve(ctx context.Context, eng *solstice.Engine, srv *orchestrat
 	mux.HandleFunc("GET /healthz", srv.Healthz)
 	mux.HandleFunc("GET /readyz", srv.Readyz)
 	mux.Handle("GET /metrics", telemetry.MetricsHandler())
-	web, runner := daemon.HTTPServer(mux), daemon.HTTPServer(f.Runner.Handler(dir))
+	web, runner := daemon.HTTPServer(mux), daemon.HTTPServer(f.Runner.Agents(dir).Handler())
 
 	var servers sync.WaitGroup
 	start := func(serve func() error) {
@@ -245,46 +251,50 @@ func closed(l net.Listener) func() error {
 	}
 }
 
-// parts opens what the engine works with.
-func (f *flags) parts(ctx context.Context, db *bun.DB, dir string, cfg *solstice.Config, open *closers) error {
+// parts opens what the engine works with; the pools of --pools too, which it
+// returns.
+func (f *flags) parts(ctx context.Context, db *bun.DB, dir string, cfg *solstice.Config, open *closers) (*pools.Set, error) {
 	q, err := f.Broker.Open(ctx, db, cfg.Logger)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	open.add(q.Close)
 	cfg.Queue = q
 	if storage.IsPostgres(db) { // which several orchestrators may share, and so the logs
 		blobs, err := f.Blobs.Open(ctx, dir, cfg.Logger)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		open.add(blobs.Close)
 		cfg.Blobs = blobs
 	} else {
 		if f.S3Bucket != "" {
-			return problem("an embedded orchestrator keeps its logs beside its database, not in a bucket", nil, "give --database-url of a PostgreSQL, or leave --s3-bucket away")
+			return nil, problem("an embedded orchestrator keeps its logs beside its database, not in a bucket", nil, "give --database-url of a PostgreSQL, or leave --s3-bucket away")
 		}
 		logs, err := filelog.Open(filepath.Join(dir, "logs"), filelog.Options{})
 		if err != nil {
-			return problem("cannot open the logs", err, "")
+			return nil, problem("cannot open the logs", err, "")
 		}
 		open.add(logs.Close)
 		cfg.Logs = logs
 	}
 	repos, err := localgit.Open(ctx, localgit.Config{Root: f.RepoRoot, StatusDir: filepath.Join(dir, "statuses")})
 	if err != nil {
-		return problem("cannot open the repositories of --repo-root", err, "")
+		return nil, problem("cannot open the repositories of --repo-root", err, "")
 	}
 	open.add(repos.Close)
 	cfg.Forges = map[string]forge.Forge{"local": repos}
 
-	return f.pools(dir, cfg, open)
+	if f.Pools != "" {
+		return f.poolsOfFile(ctx, dir, cfg, open)
+	}
+	return nil, f.processPools(dir, cfg, open)
 }
 
 // space is the room that is needed on each disk that this process writes to.
 func (f *flags) space(dir string) (solstice.Space, error) {
 	if f.MinFreeMB < 1 {
-		return solstice.Space{}, usage("--min-free-mb is not positive", "correct it")
+		return solstice.Space{}, usage("--min-free-mb is not positive", nil, "correct it")
 	}
 	database, err := f.Database.Dir(dir)
 	if err != nil {
@@ -299,108 +309,10 @@ func (f *flags) space(dir string) (solstice.Space, error) {
 	return s, nil
 }
 
-// pools makes the pools and what their machines are: a process each, or a part
-// of this one.
-func (f *flags) pools(dir string, cfg *solstice.Config, open *closers) error {
-	root := f.MachinesDir
-	if root == "" {
-		root = filepath.Join(dir, "machines")
-	}
-	host := "" // one orchestrator's, which a backup takes to another directory
-	if storage.IsPostgres(cfg.DB) {
-		var err error
-		if host, err = machinesHost(root); err != nil {
-			return problem("cannot name where the machines are", err, "")
-		}
-	}
-	provide := func(pc processvm.Config) (*processvm.Provider, error) {
-		pc.Root, pc.StepEnv, pc.Logger, pc.Host = root, daemon.StepEnvironment(f.PoolEnv...), cfg.Logger, host
-		machines, err := processvm.New(pc)
-		if err != nil {
-			return nil, problem("cannot make machines here", err, "")
-		}
-		open.add(machines.Close)
-		return machines, nil
-	}
-	processes, err := provide(processvm.Config{Command: agent.Command()})
-	if err != nil {
-		return err
-	}
-	if len(f.CapacityMap) == 0 {
-		cfg.Pools = []solstice.Pool{{Name: solstice.DefaultLabel, Provider: processes, Host: host}}
-	}
-	for label, n := range f.CapacityMap {
-		if n < 1 {
-			return usage("the capacity of "+label+" is not positive", "correct --capacity-map")
-		}
-		cfg.Pools = append(cfg.Pools, solstice.Pool{Name: label, Provider: processes, Capacity: n, Host: host})
-	}
-	if len(f.TrustedPools) == 0 {
-		return nil
-	}
-	local, err := agent.NewLocal()
-	if err != nil {
-		return problem("cannot run agents inside this process", err, "")
-	}
-	open.add(local.Close)
-	inside, err := provide(processvm.Config{Runner: local.Run})
-	if err != nil {
-		return err
-	}
-	cfg.LocalAgents = local.Listener()
-	for _, label := range f.TrustedPools {
-		i := slices.IndexFunc(cfg.Pools, func(p solstice.Pool) bool { return p.Name == label })
-		if i < 0 {
-			return usage("there is no pool "+label+" to be trusted", "correct --trusted-pools, or add it to --capacity-map")
-		}
-		cfg.Pools[i].Provider = inside
-	}
-	return nil
-}
-
-// machinesHost names a directory of machines: orchestrators that share it share
-// its capacity and look after each other's machines; those with directories of
-// their own, also on one computer, do not. The name is made once and kept in the
-// directory, since computers change their names, and several may have the same.
-func machinesHost(root string) (string, error) {
-	file := filepath.Join(root, ".host")
-	if kept, err := keptHost(file); !errors.Is(err, fs.ErrNotExist) {
-		return kept, err
-	}
-	computer, err := os.Hostname()
-	if err != nil {
-		return "", err
-	}
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		return "", err
-	}
-	f, err := os.CreateTemp(root, ".host-")
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = os.Remove(f.Name()) }()
-	_, err = f.WriteString(computer + "-" + strings.ToLower(rand.Text()[:8]))
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return "", err
-	}
-	if err := os.Link(f.Name(), file); err != nil && !errors.Is(err, fs.ErrExist) { // by another one that starts
-		return "", err
-	}
-	return keptHost(file)
-}
-
-func keptHost(file string) (string, error) {
-	name, err := os.ReadFile(file)
-	if err == nil && len(name) == 0 { // two such would be one host
-		err = errors.New(file + " is empty: remove it when no machine is left in its directory")
-	}
-	return string(name), err
-}
-
 func problem(what string, err error, advice string) error {
 	return &daemon.Problem{What: what, Err: err, Advice: advice}
 }
 
-func usage(what, advice string) error {
-	return &daemon.ExitError{Code: daemon.ExitUsage, Err: problem(what, nil, advice)}
+func usage(what string, err error, advice string) error {
+	return &daemon.ExitError{Code: daemon.ExitUsage, Err: problem(what, err, advice)}
 }

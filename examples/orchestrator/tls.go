@@ -25,7 +25,7 @@ func (f *flags) certificates(dir string, shared bool) (proofs, error) {
 		return proofs{}, err
 	}
 	if shared && (get == nil || f.GRPCTLSCert == "") {
-		return proofs{}, usage("with PostgreSQL, certificates have to be given",
+		return proofs{}, usage("with PostgreSQL, certificates have to be given", nil,
 			"give --grpc-tls-cert, --grpc-tls-key, --agent-tls-cert, --agent-tls-key and --agent-tls-ca, the same authority to every orchestrator")
 	}
 	var own *tls.Config

@@ -16,6 +16,7 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/agent"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/pools"
 	"github.com/solstice-ci/solstice-go/solstice/daemon/storage"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
 	"github.com/solstice-ci/solstice-go/vmprovider/processvm"
@@ -30,18 +31,25 @@ type runCmd struct {
 	Job      []string          `placeholder:"ID" help:"Run this job and what it needs; may be repeated."`
 	Input    map[string]string `placeholder:"K=V" mapsep:"none" help:"Input of a manual start; may be repeated."`
 	Pool     map[string]string `placeholder:"LABEL=PROVIDER" mapsep:"none" help:"Serve another runs-on label; the provider is 'process', which isolates nothing. May be repeated."`
+	Pools    string            `env:"POOLS" placeholder:"FILE" help:"YAML file of pools, such as ones of virtual machines, which serve their labels; see docs/pools.md."`
 	Jobs     int               `short:"j" placeholder:"N" help:"Jobs at once. Default: the number of CPUs."`
 	Env      []string          `placeholder:"NAME" help:"Pass this variable of your environment on to the steps, or with a * at the end all that begin so; may be repeated."`
 	StateDir string            `placeholder:"DIR" help:"Keep state and logs in this directory, new or empty. Default: a temporary one that is removed."`
 	Plain    bool              `help:"No colours, also on a terminal."`
 	NoColor  string            `hidden:"" env:"NO_COLOR"` // https://no-color.org: anything but empty
 
+	RunnerDir string `env:"RUNNER_DIR" placeholder:"DIR" help:"Directory with the agents that virtual machines download, named agent-OS-ARCH. Default: runner beside this program."`
+	Catalogue string `env:"IMAGE_CATALOGUE" placeholder:"FILE" help:"The catalogue of images, where --pools names none; see docs/images.md."`
+	ImageDir  string `env:"IMAGE_DIR" placeholder:"DIR" help:"Directory of downloaded images, which the hypervisor's user has to be able to read. Default: images in the user's state directory."`
+
+	UserState string `hidden:"" name:"__user-state" default:"${state_dir}"`
+
 	daemon.Telemetry
 }
 
 // Help is kong's: what follows the flags' summary.
 func (runCmd) Help() string {
-	return `Jobs run as processes of this machine, with your rights: nothing is isolated.
+	return `Jobs run as processes of this machine, with your rights: nothing is isolated. Those whose label a pool of --pools serves run on its machines.
 
 The exit status is 0 when all jobs succeeded, 1 when one did not, 2 when the workflow could not be run, 130 after an interrupt. An interrupt cancels the jobs: they get SIGTERM, 10 seconds later SIGKILL, then their clean-up steps run. A second one leaves at once; what still runs is then ended in the background, within about a second.`
 }
@@ -189,19 +197,29 @@ func (c *runCmd) run(ctx context.Context, state string) (code int, err error) {
 	}
 	defer func() { err = errors.Join(err, provider.Close()) }()
 
+	cfg := solstice.Config{
+		DB: db, Queue: q, Logs: logs, Logger: slog.Default(), MaxConcurrency: c.Jobs,
+		Forges: map[string]forge.Forge{"local": repo},
+	}
+	machines, err := c.machines(ctx, &cfg, pools.Machines{Provider: provider, Host: "local"})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, machines.Close()) }()
 	labels := []string{solstice.DefaultLabel}
 	for label := range c.Pool {
 		if label != solstice.DefaultLabel {
 			labels = append(labels, label)
 		}
 	}
-	eng, err := solstice.New(solstice.Config{
-		DB: db, Queue: q, Logs: logs, Logger: slog.Default(), MaxConcurrency: c.Jobs,
-		Forges: map[string]forge.Forge{"local": repo},
-		Pools:  []solstice.Pool{{Name: "process", Labels: labels, Provider: provider, Host: "local"}},
-	})
+	cfg.Pools = append(cfg.Pools, solstice.Pool{Name: "process", Labels: slices.DeleteFunc(slices.Clone(labels), machines.serves), Provider: provider, Host: "local"})
+	labels = append(labels, machines.labels...)
+	eng, err := solstice.New(cfg)
 	if err != nil {
 		return 0, problem("cannot start the engine", err, "")
+	}
+	if err := machines.own(c, state, eng.Installation()); err != nil {
+		return 0, errors.Join(problem("cannot write to the state directory", err, ""), eng.Close())
 	}
 	runs, err := c.submit(ctx, eng, src, labels)
 	if err != nil {
@@ -220,7 +238,7 @@ func (c *runCmd) run(ctx context.Context, state string) (code int, err error) {
 	}()
 	code, err = c.follow(ctx, watch, eng, runs)
 	stop()
-	return code, errors.Join(err, <-stopped, destroyAll(provider))
+	return code, errors.Join(err, <-stopped, destroyAll(provider), machines.destroyAll())
 }
 
 // submit accepts the runs, before any job can start.
@@ -247,20 +265,20 @@ func (c *runCmd) submit(ctx context.Context, eng *solstice.Engine, src source, l
 	if err := refused(runs); err != nil {
 		return nil, err
 	}
-	var unmapped, pools []string
+	var unmapped, flags []string
 	for _, r := range runs {
 		for _, j := range r.Jobs {
 			if !slices.Contains(labels, j.Label) {
 				unmapped = append(unmapped, fmt.Sprintf("job %s runs on %q", plain(j.Name), j.Label))
-				if flag := "--pool " + plain(j.Label) + "=process"; !slices.Contains(pools, flag) {
-					pools = append(pools, flag)
+				if flag := "--pool " + plain(j.Label) + "=process"; !slices.Contains(flags, flag) {
+					flags = append(flags, flag)
 				}
 			}
 		}
 	}
 	if len(unmapped) > 0 {
 		return nil, problem("no pool here has the label of every job", errors.New(strings.Join(unmapped, "\n")),
-			strings.Join(pools, " ")+" runs them as processes of this machine")
+			strings.Join(flags, " ")+" runs them as processes of this machine; --pools FILE may have a pool for them")
 	}
 	return runs, nil
 }

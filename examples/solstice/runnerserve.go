@@ -27,7 +27,7 @@ func (c *runnerServeCmd) Run(e *env) error {
 	if err != nil {
 		return couldNot(err)
 	}
-	srv := daemon.HTTPServer(c.Handler(c.StateDir))
+	srv := daemon.HTTPServer(c.Agents(c.StateDir).Handler())
 	stop := context.AfterFunc(e.ctx, func() { _ = srv.Close() })
 	defer stop()
 	note("agents are at %s/OS/ARCH", url)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/solstice-ci/solstice-go/solstice/agent"
+	"github.com/solstice-ci/solstice-go/solstice/daemon"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 	"github.com/solstice-ci/solstice-go/vmprovider/processvm"
 )
@@ -45,7 +46,10 @@ func startSweeper(state, then string) (*sweeper, error) {
 		return nil, err
 	}
 	s := &sweeper{cmd: exec.CommandContext(context.Background(), exe, sweepArg, state, then)}
-	s.cmd.Env = []string{} // it needs nothing of it
+	s.cmd.Env = []string{} // it needs little of it
+	for k, v := range daemon.Environment("PATH", "HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME") {
+		s.cmd.Env = append(s.cmd.Env, k+"="+v)
+	}
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if s.run, err = s.cmd.StdinPipe(); err != nil {
 		return nil, err
@@ -81,6 +85,7 @@ func sweep(state, then string) error {
 		}
 		errs = append(errs, destroyAll(p), p.Close())
 	}
+	errs = append(errs, sweepMachines(state))
 	if then == removeState {
 		errs = append(errs, os.RemoveAll(state))
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -35,32 +36,80 @@ func (r Runner) Listen(ctx context.Context) (net.Listener, string, error) {
 	return lis, "http://" + lis.Addr().String() + "/runner", nil
 }
 
-// Handler serves the agents; see [RunnerHandler].
-func (r Runner) Handler(stateDir string) http.Handler {
+// Agents are those in --runner-dir.
+func (r Runner) Agents(stateDir string) *Agents {
 	if r.RunnerDir != "" {
-		return RunnerHandler(r.RunnerDir)
+		return NewAgents(r.RunnerDir)
 	}
-	return RunnerHandler(filepath.Join(stateDir, "runner"))
+	return NewAgents(filepath.Join(stateDir, "runner"))
 }
 
 // platform is one path element of an operating system or architecture.
 var platform = regexp.MustCompile(`^[a-z0-9]{1,16}$`)
 
-// RunnerHandler serves the files agent-OS-ARCH of a directory as
-// /runner/OS/ARCH, and as /runner/OS/ARCH.sha256 the hex SHA-256 of each, and
-// nothing else. Files may be replaced while it serves.
-func RunnerHandler(dir string) http.Handler {
-	h := &runnerHandler{dir: dir, sums: map[string]fileSum{}}
+// Agents are the agents that guests download: the files agent-OS-ARCH of a
+// directory. Files may be replaced at any time.
+type Agents struct {
+	dir string
+
+	mu   sync.Mutex // also held while a sum is made: one at a time is enough
+	sums map[string]fileSum
+}
+
+// NewAgents are the agents in a directory, which may be empty or missing.
+func NewAgents(dir string) *Agents { return &Agents{dir: dir, sums: map[string]fileSum{}} }
+
+// Dir is their directory.
+func (h *Agents) Dir() string { return h.dir }
+
+// Handler serves each as /runner/OS/ARCH, and as /runner/OS/ARCH.sha256 its hex
+// SHA-256, and nothing else.
+func (h *Agents) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /runner/{os}/{arch}", h.serve)
 	return mux
 }
 
-type runnerHandler struct {
-	dir string
+// Sums are the hex SHA-256 of all that there are now, by "os/arch".
+func (h *Agents) Sums() (map[string]string, error) {
+	names, err := filepath.Glob(filepath.Join(h.dir, "agent-*-*"))
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]string{}
+	for _, name := range names {
+		name = filepath.Base(name)
+		goos, arch, _ := strings.Cut(strings.TrimPrefix(name, "agent-"), "-")
+		if !platform.MatchString(goos) || !platform.MatchString(arch) {
+			continue
+		}
+		f, info, err := h.open(name)
+		if err != nil {
+			return nil, err
+		}
+		out[goos+"/"+arch], err = h.sum(name, f, fileStamp{info.Size(), info.ModTime()})
+		_ = f.Close() // only read from
+		if err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
 
-	mu   sync.Mutex // also held while a sum is made: one at a time is enough
-	sums map[string]fileSum
+func (h *Agents) open(name string) (*os.File, fs.FileInfo, error) {
+	f, err := os.Open(filepath.Join(h.dir, name))
+	if err != nil {
+		return nil, nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no file", f.Name())
+	}
+	if err != nil {
+		_ = f.Close() // only read from
+		return nil, nil, err
+	}
+	return f, info, nil
 }
 
 type fileSum struct {
@@ -68,7 +117,7 @@ type fileSum struct {
 	hex   string
 }
 
-func (h *runnerHandler) serve(w http.ResponseWriter, r *http.Request) {
+func (h *Agents) serve(w http.ResponseWriter, r *http.Request) {
 	goos, arch := r.PathValue("os"), r.PathValue("arch")
 	sum := false
 	if cut, ok := strings.CutSuffix(arch, ".sha256"); ok {
@@ -79,17 +128,12 @@ func (h *runnerHandler) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	name := "agent-" + goos + "-" + arch
-	f, err := os.Open(filepath.Join(h.dir, name))
+	f, info, err := h.open(name)
 	if err != nil {
 		http.NotFound(w, r)
 		return
 	}
 	defer func() { _ = f.Close() }() // only read from
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		http.NotFound(w, r)
-		return
-	}
 	if !sum {
 		w.Header().Set("Content-Type", "application/octet-stream")
 		http.ServeContent(w, r, name, info.ModTime(), f)
@@ -103,7 +147,7 @@ func (h *runnerHandler) serve(w http.ResponseWriter, r *http.Request) {
 	_, _ = fmt.Fprintln(w, digest)
 }
 
-func (h *runnerHandler) sum(name string, f io.Reader, stamp fileStamp) (string, error) {
+func (h *Agents) sum(name string, f io.Reader, stamp fileStamp) (string, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if s, ok := h.sums[name]; ok && s.stamp == stamp {

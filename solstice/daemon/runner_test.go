@@ -21,7 +21,7 @@ func TestRunnerServesAgentsAndNothingElse(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "agent-linux-dir"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	h := RunnerHandler(dir)
+	h := NewAgents(dir).Handler()
 	get := func(method, path string) (int, string) {
 		t.Helper()
 		w := httptest.NewRecorder()

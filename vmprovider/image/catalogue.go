@@ -434,13 +434,22 @@ var units = map[string]int64{"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 
 var bytesText = regexp.MustCompile(`^([0-9]{1,18}) ?([A-Za-z]*)$`)
 
 func (p *parser) bytes(n *yaml.Node) int64 {
-	if m := bytesText.FindStringSubmatch(n.Value); m != nil && n.Kind == yaml.ScalarNode {
+	v, err := ParseBytes(n.Value)
+	if err != nil || n.Kind != yaml.ScalarNode {
+		p.at(n, "a number of bytes is written like 512MiB or 20GiB")
+	}
+	return v
+}
+
+// ParseBytes reads a positive number of bytes as catalogues have them: 512MiB,
+// 20GiB. The error wraps ErrInvalid.
+func ParseBytes(text string) (int64, error) {
+	if m := bytesText.FindStringSubmatch(text); m != nil {
 		v, err := strconv.ParseInt(m[1], 10, 64)
 		unit, ok := units[m[2]]
 		if err == nil && ok && v > 0 && v <= math.MaxInt64/unit {
-			return v * unit
+			return v * unit, nil
 		}
 	}
-	p.at(n, "a number of bytes is written like 512MiB or 20GiB")
-	return 0
+	return 0, fmt.Errorf("%w: number of bytes %q", ErrInvalid, text)
 }
