@@ -121,6 +121,30 @@ func TestEndToEnd(t *testing.T) {
 	}
 }
 
+// TestPoolsOfFile: the pools are those of --pools and no others.
+func TestPoolsOfFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "pools.yaml")
+	if err := os.WriteFile(file, []byte("pools:\n  small: { provider: process, labels: [host, tiny], capacity: 1 }\n  large: { provider: process, capacity: 3 }\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o := start(t, filepath.Join(t.TempDir(), "state"), "--pools", file)
+	c, ctx := o.client()
+	done := over(ctx, t, c, submit(ctx, t, c, `
+name: both
+jobs:
+  a: { runs-on: tiny, steps: [{ run: 'true' }] }
+  b: { runs-on: large, needs: a, steps: [{ run: 'true' }] }
+`).GetId())
+	if done.GetState() != pb.RunState_RUN_STATE_SUCCEEDED {
+		t.Errorf("run %v", done)
+	}
+	pools, err := c.ListPools(ctx, &pb.ListPoolsRequest{})
+	if err != nil || len(pools.GetPools()) != 2 || pools.GetPools()[0].GetName() != "large" || pools.GetPools()[0].GetCapacity() != 3 ||
+		!slices.Equal(pools.GetPools()[1].GetLabels(), []string{"host", "tiny"}) {
+		t.Errorf("pools %v, %v", pools, err)
+	}
+}
+
 func errOf[T any](_ T, err error) error { return err }
 
 // TestAuthorization asks for every method of the service in every role: what
@@ -279,12 +303,23 @@ func TestStartUpDiagnostics(t *testing.T) {
 	if err := os.WriteFile(config, []byte("log-level: info\nmax-concurency: 3\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	pools := func(text string) string {
+		file := filepath.Join(t.TempDir(), "pools.yaml")
+		if err := os.WriteFile(file, []byte("pools: { p: { "+text+" } }"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return "--pools=" + file
+	}
 	running := start(t, filepath.Join(t.TempDir(), "state"))
 	for _, c := range []struct {
 		name string
 		args []string
 		want []string
 	}{
+		{"wrong pools", []string{pools("provider: process, warn: 1")}, []string{"--pools cannot be used", "pools.yaml", "line 1: unknown key warn"}},
+		{"pools twice", []string{pools("provider: process"), "--capacity-map=host=1"}, []string{"excludes --capacity-map"}},
+		{"no such plugin", []string{pools("provider: command, plugin: { command: [/no/such/plugin] }")}, []string{"pool p", "/no/such/plugin"}},
+		{"no libvirt", []string{pools("provider: libvirt, image_file: /i, image_format: raw, libvirt: { uri: 'qemu:///system', accelerator: kvm, storage_pool: s, network: user }")}, []string{"pool p", "libvirt_dlopen"}},
 		{"address in use", []string{"--grpc-addr", lis.Addr().String()}, []string{"cannot listen at " + lis.Addr().String() + " (--grpc-addr)", "another program listens"}},
 		{"wrong URL", []string{"--database-url=mysql://u:hunter2@h/d"}, []string{"cannot open the database", "postgres://"}},
 		{"unknown key", []string{"--config", config}, []string{"orchestrator.yaml:2:", `unknown key "max-concurency"`, `did you mean "max-concurrency"`}},
