@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
@@ -226,11 +227,13 @@ func (s *Set) Pools(at Endpoints) ([]solstice.Pool, error) {
 
 // reach says how a pool's guests reach this program.
 func (p *opened) reach(pool *solstice.Pool, at Endpoints) error {
+	var errs []error
 	if len(pool.Contacts) == 0 {
 		if port, ok := p.through(at.Agents); ok {
 			pool.Contacts = []string{net.JoinHostPort(p.gateway, port)}
 		} else if allLoopback(at.Contacts) {
-			return fmt.Errorf("%w: %s: pool %s: its guests cannot reach this host at %v: give the pool contacts: [HOST:PORT]", ErrInvalid, p.file, p.name, at.Contacts)
+			errs = append(errs, fmt.Errorf("%w: %s: pool %s: its guests cannot reach this host at %s: give the pool contacts: [HOST:PORT]",
+				ErrInvalid, p.file, p.name, strings.Join(at.Contacts, ", ")))
 		}
 	}
 	if pool.RunnerURL == "" {
@@ -238,10 +241,11 @@ func (p *opened) reach(pool *solstice.Pool, at Endpoints) error {
 		if port, ok := p.through(at.Runner); ok {
 			pool.RunnerURL = "http://" + net.JoinHostPort(p.gateway, port) + "/runner"
 		} else if err == nil && allLoopback([]string{u.Host}) {
-			return fmt.Errorf("%w: %s: pool %s: its guests cannot download the agent from %s: give the pool runner_url: http://HOST:PORT/runner", ErrInvalid, p.file, p.name, at.RunnerURL)
+			errs = append(errs, fmt.Errorf("%w: %s: pool %s: its guests cannot download the agent from %s: give the pool runner_url: http://HOST:PORT/runner",
+				ErrInvalid, p.file, p.name, at.RunnerURL))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // through is the port at which guests find a listener at their gateway.
