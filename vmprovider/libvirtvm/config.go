@@ -63,8 +63,9 @@ type Config struct {
 	// StoragePool is the name of a storage pool of type dir, which is active, and
 	// in which nothing else has names with an "@"; required.
 	StoragePool string
-	// Network is required.
-	Network Network
+	// Network is required, unless Isolation makes it.
+	Network   Network
+	Isolation *Isolation // nil: none
 
 	Arch     string // of the guests, as libvirt calls it; x86_64 if empty
 	Machine  string // machine type; q35 for x86_64 and else what the hypervisor prefers, if empty
@@ -94,6 +95,7 @@ type Config struct {
 	Logger *slog.Logger // nil: silent
 
 	failpoint func(string) // before each step; tests end the process there
+	firewall  firewall     // the kernel's if nil
 }
 
 var nameForm = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,100}$`)
@@ -114,7 +116,16 @@ func (c Config) complete() (Config, error) {
 	if !nameForm.MatchString(c.StoragePool) {
 		return c, invalid("storage pool %q: want the name of one, see virsh pool-list", c.StoragePool)
 	}
+	if c.Isolation != nil {
+		if err := c.checkIsolation(); err != nil {
+			return c, err
+		}
+	}
 	switch n := c.Network; n.Type {
+	case "":
+		if c.Isolation == nil {
+			return c, invalid("network type %q: want %s, %s, %s or %s", n.Type, NetworkUser, NetworkNamed, NetworkBridge, NetworkNone)
+		}
 	case NetworkUser, NetworkNone:
 		if n.Name != "" {
 			return c, invalid("network of type %s has no name, got %q", n.Type, n.Name)
@@ -151,6 +162,9 @@ func (c Config) complete() (Config, error) {
 	}
 	if c.failpoint == nil {
 		c.failpoint = func(string) {}
+	}
+	if c.firewall == nil {
+		c.firewall = kernel{}
 	}
 	return c, nil
 }

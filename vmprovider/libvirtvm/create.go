@@ -16,6 +16,7 @@ import (
 // creation is a Create that is going on.
 type creation struct {
 	meta      metadata
+	place     place // with isolation, once it has one
 	interrupt context.CancelCauseFunc
 }
 
@@ -55,6 +56,11 @@ func (p *Provider) create(ctx context.Context, h hypervisor, s vmprovider.Spec) 
 		return vmprovider.Instance{}, context.Cause(ctx)
 	}
 	defer unlock()
+	if p.cfg.Isolation != nil {
+		if b.place, err = p.seat(ctx, h, c); err != nil {
+			return vmprovider.Instance{}, err
+		}
+	}
 	defined, err := p.build(ctx, h, b, seedDisk)
 	if err == nil {
 		p.dismiss(s.ID)
@@ -178,6 +184,12 @@ func (p *Provider) build(ctx context.Context, h hypervisor, b blueprint, seedDis
 			return h.Upload(pool, b.volume(seedVolume), seedDisk)
 		}},
 		{"console", func() error { return h.CreateVolume(pool, consoleXML) }},
+		{"network", func() error {
+			if p.cfg.Isolation == nil {
+				return nil
+			}
+			return p.isolate(ctx, h)
+		}},
 		{"start", func() error { return h.StartDomain(id) }},
 		{"started", func() error { return h.SetMetadata(id, namespace, string(started)) }},
 	} {

@@ -91,6 +91,7 @@ type blueprint struct {
 	spec     vmprovider.Spec
 	meta     metadata
 	poolPath string
+	place    place // with isolation
 }
 
 func (b blueprint) volume(kind string) string { return volume(b.spec.ID, b.spec.Owner, kind) }
@@ -174,6 +175,8 @@ func (c Config) devices(b blueprint) *libvirtxml.DomainDeviceList {
 	}
 	nic := libvirtxml.DomainInterface{Model: &libvirtxml.DomainInterfaceModel{Type: "virtio"}}
 	switch n := c.Network; n.Type {
+	case "":
+		nic = c.Isolation.nic(b.place)
 	case NetworkUser:
 		nic.Source = &libvirtxml.DomainInterfaceSource{User: &libvirtxml.DomainInterfaceSourceUser{}}
 	case NetworkNamed:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -43,6 +44,8 @@ type fakeHost struct {
 	domains map[string]*fakeDomain
 	volumes map[string][]byte
 	conns   []*fakeConn
+	// networks are UUIDs by name; rules are the bridges that have some.
+	networks, rules map[string]string
 	// before, when set, is called at the beginning of each call, by its name; its
 	// error fails the call.
 	before func(call string) error
@@ -57,7 +60,7 @@ type fakeDomain struct {
 const fakePool = "fake"
 
 func newFakeHost() *fakeHost {
-	return &fakeHost{domains: map[string]*fakeDomain{}, volumes: map[string][]byte{}}
+	return &fakeHost{domains: map[string]*fakeDomain{}, volumes: map[string][]byte{}, networks: map[string]string{}, rules: map[string]string{}}
 }
 
 func (h *fakeHost) dial(string) (hypervisor, error) {
@@ -319,6 +322,72 @@ func (c *fakeConn) Volumes(string) ([]string, error) {
 	}
 	defer c.host.mu.Unlock()
 	return slices.Collect(maps.Keys(c.host.volumes)), nil
+}
+
+func (c *fakeConn) Network(name string) (string, error) {
+	if err := c.enter("network"); err != nil {
+		return "", err
+	}
+	defer c.host.mu.Unlock()
+	id, ok := c.host.networks[name]
+	if !ok {
+		return "", errNoNetwork
+	}
+	return id, nil
+}
+
+func (c *fakeConn) StartNetwork(xml string) error {
+	if err := c.enter("start network"); err != nil {
+		return err
+	}
+	defer c.host.mu.Unlock()
+	var n libvirtxml.Network
+	if err := n.Unmarshal(xml); err != nil {
+		return err
+	}
+	if c.host.networks[n.Name] != "" {
+		return errExists
+	}
+	if c.host.rules[n.Bridge.Name] == "" {
+		return errors.New("the bridge comes up without rules")
+	}
+	c.host.networks[n.Name] = n.UUID
+	return nil
+}
+
+func (c *fakeConn) StopNetwork(name string) error {
+	if err := c.enter("stop network"); err != nil {
+		return err
+	}
+	defer c.host.mu.Unlock()
+	delete(c.host.networks, name)
+	return nil
+}
+
+// fakeFirewall is the host's.
+type fakeFirewall struct{ *fakeHost }
+
+func (h fakeFirewall) apply(i *Isolation) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.rules[i.Bridge] = fmt.Sprint(i.Allow)
+	return nil
+}
+
+func (h fakeFirewall) remove(bridge string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.networks[bridge] != "" {
+		return errors.New("the bridge is there without rules")
+	}
+	delete(h.rules, bridge)
+	return nil
+}
+
+func (h fakeFirewall) addresses(name string) ([]netip.Addr, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return []netip.Addr{netip.MustParseAddr("10.99.0.1")}, h.networks[name] != ""
 }
 
 func (c *fakeConn) Changes(f func(string)) error {

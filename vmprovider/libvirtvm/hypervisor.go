@@ -31,6 +31,10 @@ type hypervisor interface {
 	DeleteVolume(pool, volume string) error
 	Volumes(pool string) ([]string, error)
 
+	Network(name string) (uuid string, err error) // of an active one
+	StartNetwork(xml string) error                // a transient one; of one that is there: errExists
+	StopNetwork(name string) error
+
 	// Changes calls f with the name of each domain whose state changed, not
 	// concurrently, until Close; f does not block.
 	Changes(f func(name string)) error
@@ -50,6 +54,7 @@ var (
 	errNoDomain   = errors.New("no such domain")
 	errNoVolume   = errors.New("no such volume")
 	errNoPool     = errors.New("no such storage pool")
+	errNoNetwork  = errors.New("no such network")
 	errExists     = errors.New("exists")
 	errNotRunning = errors.New("not running")
 	errLost       = errors.New("the connection to libvirtd is lost")

@@ -71,6 +71,8 @@ func named(err error) error {
 		libvirt.ERR_NO_DOMAIN:         errNoDomain,
 		libvirt.ERR_NO_STORAGE_VOL:    errNoVolume,
 		libvirt.ERR_NO_STORAGE_POOL:   errNoPool,
+		libvirt.ERR_NO_NETWORK:        errNoNetwork,
+		libvirt.ERR_NETWORK_EXIST:     errExists,
 		libvirt.ERR_STORAGE_VOL_EXIST: errExists,
 		libvirt.ERR_DOM_EXIST:         errExists,
 		libvirt.ERR_INVALID_CONN:      errLost,
@@ -340,6 +342,44 @@ func (h *connection) Volumes(pool string) (names []string, err error) {
 		return err
 	})
 	return names, err
+}
+
+// network calls f on a network.
+func (h *connection) network(name string, f func(n *libvirt.Network) error) error {
+	if err := h.enter(); err != nil {
+		return err
+	}
+	defer h.calls.RUnlock()
+	n, err := h.c.LookupNetworkByName(name)
+	if err != nil {
+		return named(err)
+	}
+	defer func() { _ = n.Free() }()
+	return named(f(n))
+}
+
+func (h *connection) Network(name string) (uuid string, err error) {
+	err = h.network(name, func(n *libvirt.Network) error {
+		uuid, err = n.GetUUIDString()
+		return err
+	})
+	return uuid, err
+}
+
+func (h *connection) StartNetwork(xml string) error {
+	if err := h.enter(); err != nil {
+		return err
+	}
+	defer h.calls.RUnlock()
+	n, err := h.c.NetworkCreateXML(xml)
+	if err != nil {
+		return named(err)
+	}
+	return n.Free()
+}
+
+func (h *connection) StopNetwork(name string) error {
+	return h.network(name, func(n *libvirt.Network) error { return n.Destroy() })
 }
 
 func (h *connection) Changes(f func(name string)) error {

@@ -81,10 +81,19 @@ func open(ctx context.Context, cfg Config, dial func(uri string) (hypervisor, er
 	}
 	p.busy.Add(1)
 	go p.reconnect()
+	if cfg.Isolation != nil {
+		p.mu.Lock()
+		h := p.hyp
+		p.mu.Unlock()
+		if err := p.isolate(ctx, h); err != nil {
+			return nil, errors.Join(fmt.Errorf("libvirtvm: %w", unavailable(err)), p.Close())
+		}
+	}
 	return p, nil
 }
 
-// Close leaves the machines as they are.
+// Close leaves the machines as they are. When there are none, the network that
+// isolates them goes.
 func (p *Provider) Close() error {
 	p.mu.Lock()
 	p.closed = true
@@ -94,8 +103,17 @@ func (p *Provider) Close() error {
 	p.cancel()
 	n.Close()
 	p.busy.Wait()
-	if h != nil {
-		h.Close()
+	if h == nil {
+		return nil
+	}
+	defer h.Close()
+	if p.cfg.Isolation == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
+	defer cancel()
+	if err := p.unisolate(ctx, h); err != nil {
+		return fmt.Errorf("libvirtvm: close: network %s: %w", p.cfg.Isolation.Bridge, unavailable(err))
 	}
 	return nil
 }

@@ -1,0 +1,17 @@
+//go:build !linux
+
+package libvirtvm
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+)
+
+type kernel struct{}
+
+func (kernel) apply(*Isolation) error {
+	return fmt.Errorf("%w: isolation needs Linux", errors.ErrUnsupported)
+}
+func (kernel) remove(string) error                    { return nil }
+func (kernel) addresses(string) ([]netip.Addr, bool) { return nil, false }
