@@ -24,7 +24,8 @@ type LibvirtServer struct {
 	dir string
 }
 
-// StartLibvirt starts a libvirtd; it needs root.
+// StartLibvirt starts a libvirtd, in the network namespace of this process; it
+// needs root.
 func StartLibvirt(t testing.TB) *LibvirtServer {
 	t.Helper()
 	for program, pkg := range map[string]string{
@@ -62,6 +63,12 @@ for d in etc/libvirt var/lib/libvirt var/cache/libvirt var/log/libvirt run/libvi
 	mkdir -p "/$d" "$1/$d"
 	mount --bind "$1/$d" "/$d"
 done
+if [ "$2" = true ]; then # /sys shows the network namespace that it was mounted in
+	mkdir "$1/cgroup"
+	mount --rbind /sys/fs/cgroup "$1/cgroup"
+	mount -t sysfs sysfs /sys
+	mount --rbind "$1/cgroup" /sys/fs/cgroup
+fi
 mkdir -p "$1/etc/libvirt/qemu"
 echo 'stdio_handler = "file"
 user = "root"
@@ -83,7 +90,7 @@ func (s *LibvirtServer) launch() error {
 		return err
 	}
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + s.dir}
-	if err := spawn(s.dir, "namespace", env, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", enter, "sh", s.dir); err != nil {
+	if err := spawn(s.dir, "namespace", env, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", enter, "sh", s.dir, strconv.FormatBool(inOwnNetwork())); err != nil {
 		return err
 	}
 	entered := func(context.Context) error {
