@@ -27,16 +27,19 @@ import (
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
 
-// targetScript is the agent of a machine that others want to reach.
+// targetScript is the agent of a machine that answers whoever reaches it, also by
+// way of the host.
 const targetScript = `#!/bin/sh
 echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad
 ip addr add fd00:99::3/64 dev eth0
+ip route add 10.99.0.1/32 dev eth0
+ip route add 10.99.0.0/25 via 10.99.0.1
+ip route add 10.99.0.128/25 via 10.99.0.1
 printf '#!/bin/sh\necho machine\n' >/run/answer
 chmod +x /run/answer
 nc -ll -p 7000 -e /run/answer &
-httpd -p 7001 -h /
 until nc 127.0.0.1 7000 </dev/null | grep -q machine; do sleep 0.1; done
-echo "target: $(ip -4 addr show eth0 | sed -n 's/.*inet \([0-9.]*\).*/\1/p')"
+echo "target: listens"
 wait
 `
 
@@ -44,26 +47,32 @@ wait
 // prints begins with "scan".
 const scanScript = `#!/bin/sh
 echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad
+for f in all eth0; do echo 0 >/proc/sys/net/ipv4/conf/$f/accept_redirects; done
 lease() { ip addr flush dev eth0; ifconfig eth0 up; udhcpc -i eth0 -q -n -f -t 10 -T 1 -s /bin/udhcpc.script >/dev/null 2>&1; }
 own=$(ip -4 addr show eth0 | sed -n 's/.*inet \([0-9.]*\).*/\1/p')
 mac=$(cat /sys/class/net/eth0/address)
 echo "scan: $own $mac $(cat /etc/resolv.conf)"
-try() { nc -w 5 "$1" "$2" </dev/null 2>/dev/null | head -n 1 | sed "s|^|scan $scan: ${3:-$1 $2} |"; }
-scan() {
-	scan=$1
+next() { wget -q -O /tmp/next http://10.99.0.1:8888/next; }
+try() { nc -w "$wait" "$1" "$2" </dev/null 2>/dev/null | head -n 1 | sed "s|^|scan $scan: ${3:-$1 $2} |"; }
+resolve() { timeout "$wait" nslookup x.test "$1" 2>/dev/null | grep -q NXDOMAIN && echo "scan $scan: $1 udp 53"; }
+scan() { # NAME SECONDS: what is not to be reached is waited for as long
+	scan=$1 short=$2
 	mkdir -p /tmp/$scan
 	ip addr add fd00:99::2/64 dev eth0
 	ip -6 route add default via fd00:99::1
-	while read -r addr port; do try $addr $port >/tmp/$scan/$addr-$port & done <<'TARGETS'
+	while read -r addr port wait; do
+		case $wait in open) wait=60 ;; shut) wait=3 ;; *) wait=$short ;; esac
+		if [ $port = dns ]; then resolve $addr; else try $addr $port; fi >/tmp/$scan/$addr-$port 2>/dev/null &
+	done <<'TARGETS'
 @TARGETS@
 TARGETS
-	for addr in @NAMESERVERS@; do
-		timeout 5 nslookup x.test $addr 2>/dev/null | grep -q NXDOMAIN && echo "scan $scan: $addr udp 53" >/tmp/$scan/$addr-dns &
-	done
+	wait=$short
 	for addr in 10.99.0.1 192.0.2.2 fd00:99::1; do
-		ping -c 1 -W 5 $addr >/dev/null 2>&1 && echo "scan $scan: $addr ping" >/tmp/$scan/$addr-ping &
+		ping -c 1 -W $wait $addr >/dev/null 2>&1 && echo "scan $scan: $addr ping" >/tmp/$scan/$addr-ping &
 	done
 	wait
+}
+pretend() { # to be a router's client, another machine, another card
 	ip route add @TARGET@/32 via 10.99.0.1
 	try @TARGET@ 7000 "target by way of the host" >/tmp/$scan/way
 	ip addr flush dev eth0
@@ -76,13 +85,12 @@ TARGETS
 	ifconfig eth0 down
 	ifconfig eth0 hw ether $mac
 	lease
-	cat /tmp/$scan/*
-	echo "scan $scan: end"
-	wget -q -O /tmp/next http://10.99.0.1:8888/next
 }
-scan 1
-scan 2
-scan 3
+tell() { cat /tmp/$scan/*; echo "scan $scan: end"; next; }
+next
+scan 1 3; pretend; tell
+scan 2 60; pretend; tell
+scan 3 3; tell
 wget -q -O /tmp/disk http://10.99.0.1:8888/disk
 dd if=/tmp/disk of=/dev/vda conv=fsync 2>/dev/null
 echo "scan: disk written"
@@ -168,12 +176,7 @@ func TestIsolated(t *testing.T) {
 	leaveNetwork(t, cfg)
 	s.Virsh(t, "net-destroy", "sol0")
 	p := provider(t, cfg)
-	closed := false
-	t.Cleanup(func() {
-		if !closed {
-			_ = p.Close()
-		}
-	})
+	t.Cleanup(func() { _ = p.Close() })
 
 	next := make(chan struct{})
 	disk, secret := trap(t)
@@ -203,7 +206,8 @@ func TestIsolated(t *testing.T) {
 		t.Cleanup(func() { _ = console.Close() })
 		return bufio.NewScanner(console)
 	}
-	target := strings.Fields(await(t, create("target", targetScript), "target: "))[1]
+	targetLines := create("target", targetScript)
+	target := placeIn(t, s, "target").addr.String()
 
 	// The bridge gets IPv6 addresses, which it has not by itself.
 	if err := os.WriteFile("/proc/sys/net/ipv6/conf/sol0/disable_ipv6", []byte("0"), 0); err != nil {
@@ -215,21 +219,24 @@ func TestIsolated(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	var targets []string
-	for _, addr := range []string{"10.99.0.1", "192.0.2.1", "127.0.0.1", "fd00:99::1", "2001:db8:2::1"} {
+	open := []string{"10.99.0.1 50052", "192.0.2.2 5432", "192.0.2.2 443", "192.0.2.2 80", "192.0.2.2 dns"}
+	shut := []string{target + " 7000", "fd00:99::3 7000"}
+	closed := []string{"192.0.2.2 22", "169.254.169.254 80", "10.99.0.1 dns", "192.0.2.1 dns"}
+	for _, addr := range []string{"10.99.0.1", "192.0.2.1", "fd00:99::1", "2001:db8:2::1"} {
 		for _, port := range []string{"5432", "5672", "50051", "50052", "8080", "443", "80"} {
-			if addr != "127.0.0.1" {
-				targets = append(targets, addr+" "+port)
+			if !slices.Contains(open, addr+" "+port) {
+				closed = append(closed, addr+" "+port)
 			}
 		}
 	}
-	targets = append(targets, "192.0.2.2 5432", "192.0.2.2 443", "192.0.2.2 80", "192.0.2.2 22", "169.254.169.254 80", target+" 7000", "fd00:99::3 7000")
+	targets := strings.Join(open, " open\n") + " open\n" + strings.Join(shut, " shut\n") + " shut\n" + strings.Join(closed, "\n")
 	spare := netip.MustParseAddr("10.99.0.77")
 	if spare.String() == target {
 		spare = spare.Next()
 	}
-	lines := create("scan", strings.NewReplacer("@TARGETS@", strings.Join(targets, "\n"), "@NAMESERVERS@", "10.99.0.1 192.0.2.1 192.0.2.2",
-		"@TARGET@", target, "@SPARE@", spare.String()).Replace(scanScript))
+	lines := create("scan", strings.NewReplacer("@TARGETS@", targets, "@TARGET@", target, "@SPARE@", spare.String()).Replace(scanScript))
+	await(t, targetLines, "target: listens")
+	next <- struct{}{}
 	if line := await(t, lines, "scan: "); !strings.HasSuffix(line, "nameserver 192.0.2.2") {
 		t.Errorf("the name server was not announced: %s", line)
 	}
@@ -271,18 +278,18 @@ func TestIsolated(t *testing.T) {
 	}
 	next <- struct{}{}
 	got := strings.Join(reached(), "\n")
-	for _, open := range []string{
+	for _, reached := range []string{
 		"10.99.0.1 5432 database sees", "192.0.2.1 5672 broker", "10.99.0.1 50051 clients", "fd00:99::1 8080 dashboard", "2001:db8:2::1 5432 database",
 		"192.0.2.2 22 ssh beyond", "169.254.169.254 80 metadata", "10.99.0.1 ping", "fd00:99::1 ping", "192.0.2.1 udp 53",
 		"target by way of the host machine", "as another address agents sees " + spare.String(), "as another MAC agents",
 	} {
-		if !strings.Contains(got, open) {
-			t.Errorf("without rules %q is not reached: the test sees too little:\n%s", open, got)
+		if !strings.Contains(got, reached) {
+			t.Errorf("without rules %q is not reached: the test sees too little:\n%s", reached, got)
 		}
 	}
-	for _, shut := range []string{target + " 7000", "fd00:99::3 7000"} {
-		if strings.Contains(got, shut) {
-			t.Errorf("ports are not isolated: %s", shut)
+	for _, addr := range shut {
+		if strings.Contains(got, addr) {
+			t.Errorf("ports are not isolated: %s", addr)
 		}
 	}
 
@@ -318,8 +325,21 @@ func TestIsolated(t *testing.T) {
 	if err := p.Close(); err != nil {
 		t.Error(err)
 	}
-	closed = true
 	onlyForeign(t, s)
+}
+
+// placeIn is a machine's place in the network.
+func placeIn(t *testing.T, s *testenv.LibvirtServer, id string) place {
+	t.Helper()
+	nics := interfaces(s.Virsh(t, "dumpxml", id), "sol0")
+	if len(nics) != 1 {
+		t.Fatalf("%s has %d interfaces", id, len(nics))
+	}
+	mac, err := net.ParseMAC(nics[0].MAC.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return placeOf(netip.AddrFrom4([4]byte(mac[2:])))
 }
 
 // await gives the next line that begins so.
