@@ -374,6 +374,12 @@ func (h fakeFirewall) apply(i *Isolation) error {
 	return nil
 }
 
+func (h fakeFirewall) intact(i *Isolation) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.rules[i.Bridge] != ""
+}
+
 func (h fakeFirewall) remove(bridge string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

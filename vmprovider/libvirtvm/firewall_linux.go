@@ -53,6 +53,22 @@ func (kernel) remove(bridge string) error {
 	return flush(c)
 }
 
+func (kernel) intact(i *Isolation) bool {
+	c, err := nftables.New()
+	if err != nil {
+		return false
+	}
+	frames, packets := tables(i.Bridge)
+	for t, chains := range map[*nftables.Table][]string{frames: {chainFrames}, packets: {chainSources, chainHost, chainBeyond, chainMasquerade}} {
+		for _, name := range chains {
+			if rules, err := c.GetRules(t, &nftables.Chain{Table: t, Name: name}); err != nil || len(rules) == 0 {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 // flush commits, all or nothing.
 func flush(c *nftables.Conn) error {
 	err := c.Flush()
@@ -149,6 +165,15 @@ var (
 	linkLocal = netip.MustParsePrefix("169.254.0.0/16")
 )
 
+// Names of the chains, by what they decide.
+const (
+	chainFrames     = "frames"
+	chainSources    = "sources"
+	chainHost       = "host"
+	chainBeyond     = "beyond"
+	chainMasquerade = "masquerade"
+)
+
 // chain adds rules, each a verdict and what it is for.
 type chain struct {
 	c  *nftables.Conn
@@ -164,7 +189,8 @@ func (c chain) rule(last expr.Any, matches ...match) {
 }
 
 func (c chain) accept(matches ...match) { c.rule(&expr.Verdict{Kind: expr.VerdictAccept}, matches...) }
-func (c chain) drop(matches ...match)   { c.rule(&expr.Verdict{Kind: expr.VerdictDrop}, matches...) }
+
+func (c chain) drop(matches ...match) { c.rule(&expr.Verdict{Kind: expr.VerdictDrop}, matches...) }
 
 // packets decides after the host's own address translation. A packet that is
 // accepted here may still be dropped by another table of the host; one that is
@@ -174,14 +200,14 @@ func (i *Isolation) packets(c *nftables.Conn, t *nftables.Table) {
 	from, notFrom := meta(expr.MetaKeyIIFNAME, expr.CmpOpEq, bridge), meta(expr.MetaKeyIIFNAME, expr.CmpOpNeq, bridge)
 	onto, notOnto := meta(expr.MetaKeyOIFNAME, expr.CmpOpEq, bridge), meta(expr.MetaKeyOIFNAME, expr.CmpOpNeq, bridge)
 
-	first := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, "sources")
+	first := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, chainSources)
 	first.accept(notFrom)
 	first.drop(notIPv4)
 	first.accept(in(i.Subnet, source))
 	first.accept(in(nowhere, source), dhcp)
 	first.drop()
 
-	host := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, "host")
+	host := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, chainHost)
 	host.accept(notFrom)
 	host.accept(answer)
 	host.accept(related)
@@ -193,7 +219,7 @@ func (i *Isolation) packets(c *nftables.Conn, t *nftables.Table) {
 	}
 	host.drop()
 
-	beyond := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, "beyond")
+	beyond := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, chainBeyond)
 	beyond.accept(notFrom, notOnto)
 	beyond.drop(from, onto) // from machine to machine, by way of the host
 	beyond.accept(related)
@@ -212,7 +238,7 @@ func (i *Isolation) packets(c *nftables.Conn, t *nftables.Table) {
 	}
 	beyond.drop()
 
-	masquerade := newChain(c, t, nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, "masquerade")
+	masquerade := newChain(c, t, nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, chainMasquerade)
 	masquerade.rule(&expr.Masq{}, ipv4, in(i.Subnet, source), notOnto)
 }
 
@@ -270,7 +296,7 @@ func (i *Isolation) frames(c *nftables.Conn, t *nftables.Table) error {
 	arp := func(offset uint32) expr.Payload {
 		return expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset}
 	}
-	first := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, "frames")
+	first := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, chainFrames)
 	first.accept(ether(unix.ETH_P_IP), isMachine(frame, arp(source)))
 	first.drop(isPort, ether(unix.ETH_P_ARP), // which of the addresses are the host's is not answered
 		payload(expr.PayloadBaseNetworkHeader, operation, expr.CmpOpEq, []byte{0, 1}),

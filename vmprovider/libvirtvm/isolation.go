@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 	"libvirt.org/go/libvirtxml"
@@ -141,6 +142,9 @@ func (a Allowed) check() error {
 	}
 	return nil
 }
+
+// guardEvery is how long machines run at most without rules that were flushed.
+const guardEvery = 5 * time.Second
 
 const (
 	leastBits, mostBits = 22, 29 // of the subnet: 1021 machines to 5
@@ -359,6 +363,33 @@ func (p *Provider) isolate(ctx context.Context, h hypervisor) error {
 	return nil
 }
 
+// guard brings back rules that somebody flushed while machines run, as the reload
+// of a host's own rules does.
+func (p *Provider) guard() {
+	defer p.busy.Done()
+	tick := time.NewTicker(guardEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		p.cfg.failpoint("guard")
+		if !p.cfg.firewall.intact(p.cfg.Isolation) {
+			p.log.Warn("somebody flushed the rules that isolate machines", "bridge", p.cfg.Isolation.Bridge)
+			h, err := p.connected(p.ctx)
+			if err == nil {
+				err = p.isolate(p.ctx, h)
+			}
+			if err != nil {
+				p.log.Error("machines are not isolated", "bridge", p.cfg.Isolation.Bridge, "error", err)
+			}
+		}
+		p.cfg.failpoint("guarded")
+	}
+}
+
 // replace stops a network of ours that was made from another configuration.
 func (p *Provider) replace(ctx context.Context, h hypervisor, name, is, id string) error {
 	if !owned(is, id) {
@@ -414,6 +445,8 @@ const networkLock = "@network"
 type firewall interface {
 	// apply puts the rules in place of those that are there, at once.
 	apply(i *Isolation) error
+	// intact says that nobody flushed them.
+	intact(i *Isolation) bool
 	// remove takes them away; that there are none is no error.
 	remove(bridge string) error
 	// addresses are those of an interface, in this network namespace.

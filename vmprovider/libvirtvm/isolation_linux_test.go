@@ -16,12 +16,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
 
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -171,10 +174,20 @@ func TestIsolated(t *testing.T) {
 		"tcp/10.99.0.1:8888", "tcp/10.99.0.1:50052", "tcp/192.0.2.2:5432", "udp/192.0.2.2:53", "tcp/192.0.2.0/24:443", "tcp/0.0.0.0/0:80", "tcp/0.0.0.0/0:7000",
 	)}
 	foreign(t, s, cfg)
+	rules(t)
 
 	// One that was killed, whose network somebody stopped, is no obstacle.
 	leaveNetwork(t, cfg)
 	s.Virsh(t, "net-destroy", "sol0")
+	var guard sync.Mutex // held: it rests
+	cfg.failpoint = func(name string) {
+		switch name {
+		case "guard":
+			guard.Lock()
+		case "guarded":
+			guard.Unlock()
+		}
+	}
 	p := provider(t, cfg)
 	t.Cleanup(func() { _ = p.Close() })
 
@@ -273,8 +286,17 @@ func TestIsolated(t *testing.T) {
 
 	// The planted bug: somebody flushes the rules. The scan sees it, but no other
 	// machine on the same bridge.
+	if !(kernel{}).intact(cfg.Isolation) {
+		t.Error("the rules are there, and are missed")
+	}
+	guard.Lock()
+	wake := sync.OnceFunc(guard.Unlock)
+	t.Cleanup(wake)
 	if err := (kernel{}).remove("sol0"); err != nil {
 		t.Fatal(err)
+	}
+	if (kernel{}).intact(cfg.Isolation) {
+		t.Error("nobody misses the rules")
 	}
 	next <- struct{}{}
 	got := strings.Join(reached(), "\n")
@@ -299,6 +321,7 @@ func TestIsolated(t *testing.T) {
 	if _, err := p.Create(t.Context(), vmprovider.Spec{ID: "third", Owner: "me", Image: image(t, t.TempDir(), halt), MemoryBytes: 32 << 20, Bootstrap: bootstrap()}); err != nil {
 		t.Fatal(err)
 	}
+	wake()
 	next <- struct{}{}
 	isolated("restored")
 	next <- struct{}{}
@@ -382,6 +405,33 @@ func foreign(t *testing.T, s *testenv.LibvirtServer, cfg Config) {
 		}
 	}
 	onlyForeign(t, s)
+}
+
+// rules applies many, and some without the right to.
+func rules(t *testing.T) {
+	t.Helper()
+	large := &Isolation{Bridge: "large", Subnet: netip.MustParsePrefix("10.96.0.0/22")}
+	for range 2 {
+		if err := (kernel{}).apply(large); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := (kernel{}).remove("large"); err != nil {
+		t.Error(err)
+	}
+	unprivileged := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread is of no use to others
+		var none [2]unix.CapUserData
+		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
+			unprivileged <- err
+			return
+		}
+		unprivileged <- kernel{}.apply(large)
+	}()
+	if err := <-unprivileged; !errors.Is(err, vmprovider.ErrInvalid) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+		t.Errorf("without privileges: %v", err)
+	}
 }
 
 // onlyForeign asserts that nothing is there but what the rig and foreign made.

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"go.yaml.in/yaml/v4"
 
@@ -72,20 +74,20 @@ func isolated(t *testing.T, h *fakeHost) Config {
 
 func TestIsolationInvalid(t *testing.T) {
 	for want, change := range map[string]func(c *Config){
-		"qemu:///system: the bridge": func(c *Config) { c.URI = "qemu:///session" },
-		`"qemu+ssh://host/system"`:   func(c *Config) { c.URI = "qemu+ssh://host/system" },
-		`"test:///default"`:          func(c *Config) { c.URI = "test:///default" },
-		"leave network out":          func(c *Config) { c.Network = Network{Type: NetworkUser} },
-		`bridge ""`:                  func(c *Config) { c.Isolation.Bridge = "" },
-		`bridge "a23456789012345x"`:  func(c *Config) { c.Isolation.Bridge = "a23456789012345x" },
-		"subnet invalid Prefix":      func(c *Config) { c.Isolation.Subnet = netip.Prefix{} },
-		"subnet 10.0.0.1/24":         func(c *Config) { c.Isolation.Subnet = netip.MustParsePrefix("10.0.0.1/24") },
-		"subnet 10.0.0.0/8":          func(c *Config) { c.Isolation.Subnet = netip.MustParsePrefix("10.0.0.0/8") },
-		"subnet fd00::/24":           func(c *Config) { c.Isolation.Subnet = netip.MustParsePrefix("fd00::/24") },
-		"IPv4 only":                  func(c *Config) { c.Isolation.Allow = allowed(t, "tcp/[2001:db8::1]:80") },
-		"no machine reaches":         func(c *Config) { c.Isolation.Allow = allowed(t, "tcp/127.0.0.1:80") },
+		"qemu:///system: the bridge":  func(c *Config) { c.URI = "qemu:///session" },
+		`"qemu+ssh://host/system"`:    func(c *Config) { c.URI = "qemu+ssh://host/system" },
+		`"test:///default"`:           func(c *Config) { c.URI = "test:///default" },
+		"leave network out":           func(c *Config) { c.Network = Network{Type: NetworkUser} },
+		`bridge ""`:                   func(c *Config) { c.Isolation.Bridge = "" },
+		`bridge "a23456789012345x"`:   func(c *Config) { c.Isolation.Bridge = "a23456789012345x" },
+		"subnet invalid Prefix":       func(c *Config) { c.Isolation.Subnet = netip.Prefix{} },
+		"subnet 10.0.0.1/24":          func(c *Config) { c.Isolation.Subnet = netip.MustParsePrefix("10.0.0.1/24") },
+		"subnet 10.0.0.0/8":           func(c *Config) { c.Isolation.Subnet = netip.MustParsePrefix("10.0.0.0/8") },
+		"subnet fd00::/24":            func(c *Config) { c.Isolation.Subnet = netip.MustParsePrefix("fd00::/24") },
+		"IPv4 only":                   func(c *Config) { c.Isolation.Allow = allowed(t, "tcp/[2001:db8::1]:80") },
+		"no machine reaches":          func(c *Config) { c.Isolation.Allow = allowed(t, "tcp/127.0.0.1:80") },
 		"where 10.99.0.1 is the host": func(c *Config) { c.Isolation.Allow = allowed(t, "tcp/10.99.0.2:80") },
-		"neither tcp nor udp":        func(c *Config) { c.Isolation.Allow = []Allowed{{}} },
+		"neither tcp nor udp":         func(c *Config) { c.Isolation.Allow = []Allowed{{}} },
 		"no other interface": func(c *Config) {
 			c.Domain = `<devices><interface type="user"/></devices>`
 		},
@@ -167,6 +169,25 @@ func TestIsolation(t *testing.T) {
 	if err := errors.Join(p.Close(), p2.Close()); err != nil || len(h.networks)+len(h.rules) > 0 {
 		t.Errorf("left: %v, %v, %v", err, h.rules, h.networks)
 	}
+}
+
+// TestGuard: rules that were flushed come back by themselves.
+func TestGuard(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFakeHost()
+		p := h.provider(t, isolated(t, h))
+		h.mu.Lock()
+		clear(h.rules)
+		h.mu.Unlock()
+		time.Sleep(guardEvery + 1)
+		synctest.Wait()
+		if h.rules["sol0"] == "" {
+			t.Error("there are no rules")
+		}
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestIsolationForeign: a network of others is refused, and stays as it was.

@@ -9,6 +9,10 @@
 // machine to List, and Destroy removes it. Domains without that metadata are
 // never touched.
 //
+// With Config.Isolation the machines are in a network of their own, which the
+// provider makes and removes: a bridge, and rules of nftables, which are applied
+// again before each machine starts.
+//
 // The driver that talks to libvirt is compiled with the build tag libvirt
 // (linked, needs libvirt's headers) or libvirt_dlopen (loaded at run time), and
 // with cgo; without, New returns an error that wraps errors.ErrUnsupported.
@@ -88,6 +92,8 @@ func open(ctx context.Context, cfg Config, dial func(uri string) (hypervisor, er
 		if err := p.isolate(ctx, h); err != nil {
 			return nil, errors.Join(fmt.Errorf("libvirtvm: %w", unavailable(err)), p.Close())
 		}
+		p.busy.Add(1)
+		go p.guard()
 	}
 	return p, nil
 }
