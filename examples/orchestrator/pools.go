@@ -5,9 +5,11 @@ import (
 	"crypto/rand"
 	"errors"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -54,7 +56,17 @@ func (f *flags) poolsOfFile(ctx context.Context, dir string, cfg *solstice.Confi
 	if images == "" {
 		images = filepath.Join(dir, "images")
 	}
+	var ports []uint16
+	for _, addr := range []string{f.AgentAddr, f.RunnerAddr} {
+		// What is wrong with an address is said when it is listened at.
+		if _, port, err := net.SplitHostPort(addr); err == nil {
+			if n, err := strconv.ParseUint(port, 10, 16); err == nil && n > 0 {
+				ports = append(ports, uint16(n))
+			}
+		}
+	}
 	set, err := file.Open(ctx, pools.Options{
+		Ports: ports,
 		Process: sync.OnceValues(func() (pools.Machines, error) {
 			provide, host, err := f.processes(dir, cfg, open)
 			if err != nil {

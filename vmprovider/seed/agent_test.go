@@ -103,7 +103,7 @@ func TestAgent(t *testing.T) {
 	}
 	agents := t.TempDir()
 	sums := map[string]string{"linux/amd64": buildAgent(t, agents)}
-	runner := httptest.NewServer(daemon.RunnerHandler(agents))
+	runner := httptest.NewServer(daemon.NewAgents(agents).Handler())
 	defer runner.Close()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"io"
 	"maps"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -73,6 +74,10 @@ type libvirt struct {
 	Accelerator        libvirtvm.Accelerator `yaml:"accelerator"`
 	StoragePool        string                `yaml:"storage_pool"`
 	Network            network               `yaml:"network"`
+	Isolation          string                `yaml:"isolation"` // empty: none
+	Bridge             string                `yaml:"bridge"`
+	Subnet             netip.Prefix          `yaml:"subnet"`
+	Allow              []libvirtvm.Allowed   `yaml:"allow"`
 	Arch               string                `yaml:"arch"`
 	Machine            string                `yaml:"machine"`
 	Emulator           string                `yaml:"emulator"`
@@ -243,7 +248,17 @@ func (e *entry) check(c *image.Catalogue) (errs []error) {
 		}
 	case "libvirt":
 		if e.Libvirt == nil {
-			bad("libvirt: is missing: uri, accelerator, storage_pool and network")
+			bad("libvirt: is missing: uri, accelerator, storage_pool, and network or isolation")
+		}
+		if l := e.Libvirt; l != nil {
+			switch strict := l.Isolation == "strict"; {
+			case l.Isolation != "" && l.Isolation != "none" && !strict:
+				bad("libvirt.isolation %q: want none or strict", l.Isolation)
+			case strict && l.Network != (network{}):
+				bad("libvirt.isolation: strict makes the network: leave network out")
+			case !strict && (l.Bridge != "" || l.Subnet.IsValid() || len(l.Allow) > 0):
+				bad("libvirt.bridge, subnet and allow are of isolation: strict")
+			}
 		}
 		if e.Image == "" && e.ImageFile == "" {
 			bad("image is missing: a label of the catalogue")

@@ -62,6 +62,11 @@ pools:
       cpu_quota: 0.5
       disk_bytes_per_second: 100MiB
       domain: <cpu mode="host-model"/>
+  strict:
+    provider: libvirt
+    image_file: /images/x
+    image_format: raw
+    libvirt: { uri: 'qemu:///system', accelerator: kvm, storage_pool: s, isolation: strict, bridge: sol0, subnet: 10.99.0.0/24, allow: [udp/192.0.2.53:53, 'tcp/10.20.0.0/16:443'] }
   host: { provider: process }
   elsewhere:
     provider: grpc+tls:vms.example.com:7000
@@ -70,13 +75,16 @@ pools:
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(f.pools) != 3 || f.pools[0].name != "elsewhere" || f.pools[1].name != "host" {
+	if len(f.pools) != 4 || f.pools[0].name != "elsewhere" || f.pools[1].name != "host" {
 		t.Fatalf("pools %+v", f.pools)
 	}
 	if got := f.pools[0].target(); got != "vms.example.com:7000" {
 		t.Errorf("target %q", got)
 	}
-	vms := f.pools[2]
+	if l := f.pools[2].Libvirt; l.Subnet.String() != "10.99.0.0/24" || len(l.Allow) != 2 || l.Allow[1].String() != "tcp/10.20.0.0/16:443" {
+		t.Errorf("isolation %+v", l)
+	}
+	vms := f.pools[3]
 	if vms.choice.Image.Label != "debian-12" || vms.choice.Size != (image.Size{CPUs: 1, MemoryBytes: 1 << 30}) || vms.Memory != 2<<30 {
 		t.Errorf("image %+v, memory %d", vms.choice, vms.Memory)
 	}
@@ -114,6 +122,10 @@ func TestWrongFile(t *testing.T) {
 		"relative image":   {"pools: { a: { " + vm + ", image_file: x, image_format: raw } }", []string{"absolute"}},
 		"bytes":            {"pools: { a: { " + vm + ", image_file: /x, image_format: raw, memory: 12 bananas } }", []string{"line 1", "512MiB"}},
 		"network":          {"pools: { a: { provider: libvirt, image_file: /x, image_format: raw, libvirt: { network: a b c } } }", []string{"bridge NAME"}},
+		"isolation":        {"pools: { a: { provider: libvirt, image_file: /x, image_format: raw, libvirt: { isolation: a } } }", []string{`isolation "a"`}},
+		"network, strict":  {"pools: { a: { provider: libvirt, image_file: /x, image_format: raw, libvirt: { isolation: strict, network: user } } }", []string{"leave network out"}},
+		"not strict":       {"pools: { a: { provider: libvirt, image_file: /x, image_format: raw, libvirt: { network: user, allow: ['tcp/10.0.0.1:1'] } } }", []string{"are of isolation: strict"}},
+		"allowed":          {"pools:\n  a:\n    libvirt: { allow: [http] }", []string{"line 3", "tcp/10.0.0.5:5432"}},
 		"contact":          {"pools: { a: { provider: process, contacts: [host] } }", []string{`contact "host"`}},
 		"no command":       {"pools: { a: { provider: command } }", []string{"plugin.command"}},
 		"command too much": {"pools: { a: { provider: 'grpc+unix:/s', plugin: { command: [x], env: [A] } } }", []string{"plugin.command", "plugin.env"}},

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"slices"
@@ -35,6 +36,9 @@ type Options struct {
 	Process func() (Machines, error)
 	// ImageDir is the directory of the store of images, where the file names none.
 	ImageDir string
+	// Ports are those at which guests reach this program at their gateway: where
+	// they are isolated, these are let through.
+	Ports []uint16
 	// Agents are those that guests download.
 	Agents *daemon.Agents
 	Logger *slog.Logger // nil: silent
@@ -131,8 +135,17 @@ func (p *opened) openLibvirt(ctx context.Context, o Options) (vmprovider.Provide
 	if local && l.Network.Type == libvirtvm.NetworkUser {
 		p.gateway, p.on = userNetHost, net.IP.IsLoopback
 	}
+	var isolation *libvirtvm.Isolation
+	if l.Isolation == "strict" {
+		isolation = &libvirtvm.Isolation{Bridge: l.Bridge, Subnet: l.Subnet, Allow: slices.Clone(l.Allow)}
+		host := l.Subnet.Addr().Next()
+		for _, port := range o.Ports {
+			isolation.Allow = append(isolation.Allow, libvirtvm.Allowed{Protocol: libvirtvm.TCP, To: netip.PrefixFrom(host, 32), Port: port})
+		}
+		p.gateway, p.on = host.String(), net.IP(host.AsSlice()).Equal
+	}
 	return libvirtvm.New(ctx, libvirtvm.Config{
-		URI: l.URI, Accelerator: l.Accelerator, StoragePool: l.StoragePool, Network: libvirtvm.Network(l.Network),
+		URI: l.URI, Accelerator: l.Accelerator, StoragePool: l.StoragePool, Network: libvirtvm.Network(l.Network), Isolation: isolation,
 		Arch: l.Arch, Machine: l.Machine, Emulator: l.Emulator,
 		SeedFormat: cmp.Or(l.Seed, seed.Format(p.choice.Image.Seed)),
 		CPUQuota:   l.CPUQuota, DiskBytesPerSecond: int64(l.DiskBytesPerSecond), DiskIOPS: l.DiskIOPS,
@@ -202,8 +215,9 @@ type Endpoints struct {
 }
 
 // Pools are the engine's. Guests in QEMU's user network find what listens on this
-// host's loopback at an address of its own; for others an error that wraps
-// ErrInvalid says where they are given an address that they cannot reach.
+// host's loopback at an address of its own, isolated ones what listens at theirs of
+// the host; for others an error that wraps ErrInvalid says where they are given an
+// address that they cannot reach.
 func (s *Set) Pools(at Endpoints) ([]solstice.Pool, error) {
 	var out []solstice.Pool
 	var errs []error
