@@ -49,7 +49,9 @@ func served(t *testing.T) (*recorder, string) {
 	at := filepath.Join(t.TempDir(), "s")
 	ctx, stop := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan error, 1)
-	go func() { ended <- remotevm.Serve(ctx, "unix:"+at, remotevm.NewServer(r, remotevm.ServerOptions{Name: "test"}), nil) }()
+	go func() {
+		ended <- remotevm.Serve(ctx, "unix:"+at, remotevm.NewServer(r, remotevm.ServerOptions{Name: "test"}), nil)
+	}()
 	t.Cleanup(func() {
 		stop()
 		if err := errors.Join(<-ended, r.Close()); err != nil {
