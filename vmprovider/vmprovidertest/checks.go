@@ -45,6 +45,7 @@ func Checks() []Check {
 		{Name: "Leftover", Run: checkLeftover, Needs: func(h Harness, _ vmprovider.Provider) bool { return h.Leave != nil }},
 		{Name: "NeverBoots", Run: checkNeverBoots, Needs: func(h Harness, _ vmprovider.Provider) bool { return h.NeverBoots != nil }},
 		{Name: "ExitsEarly", Run: checkExitsEarly, Needs: func(h Harness, _ vmprovider.Provider) bool { return h.ExitsEarly != nil }},
+		{Name: "Panics", Run: checkPanics, Needs: func(h Harness, _ vmprovider.Provider) bool { return h.Panics != nil }},
 		{Name: "Capacity", Run: checkCapacity, Needs: func(h Harness, _ vmprovider.Provider) bool { return h.Capacity > 0 }},
 		{Name: "Reopen", Run: checkReopen, Needs: adopts},
 		{Name: "ReopenDuringCreate", Run: checkReopenDuringCreate, Needs: adopts},
@@ -437,16 +438,22 @@ func checkNeverBoots(s *Suite) {
 	s.absent(spec.ID)
 }
 
-func checkExitsEarly(s *Suite) {
+func checkExitsEarly(s *Suite) { s.stops("powered off", s.h.ExitsEarly) }
+
+func checkPanics(s *Suite) { s.stops("panicked", s.h.Panics) }
+
+// stops checks a machine that ends by itself, and is kept until it is destroyed.
+func (s *Suite) stops(what string, complete func(T, *vmprovider.Spec)) {
+	s.Helper()
 	spec := s.bare(owner())
-	s.h.ExitsEarly(s.T, &spec)
+	complete(s.T, &spec)
 	s.create(spec)
 	inst := s.until(spec.ID, func(i vmprovider.Instance) bool { return i.State != vmprovider.StateRunning })
 	if inst.State != vmprovider.StateStopped || inst.Reason == "" {
-		s.Errorf("a machine that powered off is %+v; want it stopped, with a reason", inst)
+		s.Errorf("a machine that %s is %+v; want it stopped, with a reason", what, inst)
 	}
 	if !slices.Contains(s.list(spec.Owner), spec.ID) {
-		s.Errorf("List lacks a machine that powered off")
+		s.Errorf("List lacks a machine that %s", what)
 	}
 	_, err := s.p.Create(s.ctx, spec)
 	s.wants("Create over a stopped machine", err, vmprovider.ErrExists)

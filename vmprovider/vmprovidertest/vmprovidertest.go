@@ -38,6 +38,9 @@ type Harness struct {
 	// ExitsEarly, when set, completes a spec to a machine that powers off by
 	// itself soon.
 	ExitsEarly func(t T, s *vmprovider.Spec)
+	// Panics, when set, completes a spec to a machine whose system crashes by
+	// itself soon.
+	Panics func(t T, s *vmprovider.Spec)
 	// Prints, when set, completes a spec to a machine that prints text to its
 	// console at power-on, first of all, and runs on.
 	Prints func(t T, s *vmprovider.Spec, text string)
