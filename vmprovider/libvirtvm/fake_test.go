@@ -450,6 +450,7 @@ func TestFakeConformance(t *testing.T) {
 		Spec:       with("/runs"),
 		NeverBoots: with("/runs"),
 		ExitsEarly: with("/exits"),
+		Panics:     with("/exits"),
 		Prints: func(t vmprovidertest.T, s *vmprovider.Spec, text string) {
 			with("/prints?"+url.Values{"text": {text}}.Encode())(t, s)
 		},

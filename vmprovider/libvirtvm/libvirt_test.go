@@ -87,6 +87,7 @@ func TestConformance(t *testing.T) {
 		Spec:       with(halt),
 		NeverBoots: with(halt),
 		ExitsEarly: with(says("going\n", powerOff)),
+		Panics:     with(panics),
 		Prints: func(t vmprovidertest.T, spec *vmprovider.Spec, text string) {
 			with(says(text, halt))(t, spec)
 		},

@@ -1,6 +1,8 @@
 package memvm_test
 
 import (
+	"context"
+	"errors"
 	"testing"
 	"time"
 
@@ -29,6 +31,8 @@ func harness(delay time.Duration) vmprovidertest.Harness {
 						sc.Hang = true
 					case "exit":
 						sc.Crash = time.Millisecond
+					case "panic":
+						sc.Agent = func(context.Context, memvm.Machine) error { return errors.New("kernel panic") }
 					}
 					return sc
 				},
@@ -43,6 +47,7 @@ func harness(delay time.Duration) vmprovidertest.Harness {
 		Open:       func(t vmprovidertest.T) vmprovider.Provider { return hypervisor(t).Open() },
 		NeverBoots: script("hang"),
 		ExitsEarly: script("exit"),
+		Panics:     script("panic"),
 		Prints: func(_ vmprovidertest.T, s *vmprovider.Spec, text string) {
 			s.Labels = map[string]string{"print": text}
 		},

@@ -58,6 +58,7 @@ func TestConformance(t *testing.T) {
 				},
 				NeverBoots: behaves("idle"),
 				ExitsEarly: behaves("exit"),
+				Panics:     behaves("panic"),
 				Prints: func(_ vmprovidertest.T, s *vmprovider.Spec, text string) {
 					s.Bootstrap.Hostname, s.Bootstrap.RunnerURL = "print", text
 				},
@@ -89,6 +90,8 @@ func runner(ctx context.Context, bootstrap []byte, console io.Writer) error {
 	switch boot.Hostname {
 	case "exit":
 		return errors.New("bye")
+	case "panic":
+		return errors.New("oh")
 	case "print":
 		if _, err := io.WriteString(console, boot.RunnerURL); err != nil {
 			return err

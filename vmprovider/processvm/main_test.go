@@ -66,6 +66,8 @@ func fakeAgent(file string) {
 	case "exit":
 		fmt.Println("bye")
 		os.Exit(3)
+	case "panic":
+		panic("oh")
 	case "print":
 		fmt.Print(boot.RunnerURL)
 	case "environment":

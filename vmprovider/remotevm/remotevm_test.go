@@ -113,6 +113,8 @@ func harness(wrap func(vmprovidertest.T, vmprovider.Provider) vmprovider.Provide
 						sc.Hang = true
 					case "exit":
 						sc.Crash = time.Millisecond
+					case "panic":
+						sc.Agent = func(context.Context, memvm.Machine) error { return errors.New("kernel panic") }
 					}
 					return sc
 				},
@@ -127,6 +129,7 @@ func harness(wrap func(vmprovidertest.T, vmprovider.Provider) vmprovider.Provide
 		Open:       func(t vmprovidertest.T) vmprovider.Provider { return wrap(t, hypervisor(t).Open()) },
 		NeverBoots: script("hang"),
 		ExitsEarly: script("exit"),
+		Panics:     script("panic"),
 		Prints: func(_ vmprovidertest.T, s *vmprovider.Spec, text string) {
 			s.Labels = map[string]string{"print": text}
 		},

@@ -105,6 +105,31 @@ var brokenProviders = map[string]faults{
 			}
 		},
 	},
+	"Panics": {
+		"unnoticed": func(_ *world, d *driver) {
+			d.get = func(ctx context.Context, id string) (vmprovider.Instance, error) {
+				inst, err := d.Provider.Get(ctx, id)
+				inst.State = vmprovider.StateRunning
+				return inst, err
+			}
+		},
+		"without a reason": func(_ *world, d *driver) {
+			d.get = func(ctx context.Context, id string) (vmprovider.Instance, error) {
+				inst, err := d.Provider.Get(ctx, id)
+				inst.Reason = ""
+				return inst, err
+			}
+		},
+		"of no use any more": func(_ *world, d *driver) {
+			d.get = func(ctx context.Context, id string) (vmprovider.Instance, error) {
+				inst, err := d.Provider.Get(ctx, id)
+				if err == nil && inst.State == vmprovider.StateStopped {
+					inst.State = vmprovider.StateLeftover
+				}
+				return inst, err
+			}
+		},
+	},
 	"Capacity": {
 		"another error": func(_ *world, d *driver) {
 			d.create = func(ctx context.Context, s vmprovider.Spec) (vmprovider.Instance, error) {

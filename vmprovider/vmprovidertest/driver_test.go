@@ -155,7 +155,7 @@ func harness(max int, spoil func(w *world, d *driver)) vmprovidertest.Harness {
 			w := &world{delay: time.Millisecond}
 			w.h = memvm.NewHypervisor(memvm.Config{Max: max, Script: func(s vmprovider.Spec) memvm.Script {
 				sc := memvm.Script{CreateDelay: w.delay, Console: s.Labels["print"]}
-				if s.Labels["exit"] != "" {
+				if s.Labels["exit"] != "" || s.Labels["panic"] != "" {
 					sc.Crash = time.Millisecond
 				}
 				return sc
@@ -179,6 +179,7 @@ func harness(max int, spoil func(w *world, d *driver)) vmprovidertest.Harness {
 		},
 		NeverBoots: label("hang"),
 		ExitsEarly: label("exit"),
+		Panics:     label("panic"),
 		Prints: func(_ vmprovidertest.T, s *vmprovider.Spec, text string) {
 			s.Labels = map[string]string{"print": text}
 		},
@@ -210,10 +211,10 @@ func TestOptionalChecks(t *testing.T) {
 	})
 	open := h.Open
 	h.Open = func(t vmprovidertest.T) vmprovider.Provider { return struct{ vmprovider.Provider }{open(t)} }
-	h.NeverBoots, h.ExitsEarly, h.Prints, h.Leave, h.Capacity = nil, nil, nil, nil, 0
+	h.NeverBoots, h.ExitsEarly, h.Panics, h.Prints, h.Leave, h.Capacity = nil, nil, nil, nil, nil, 0
 	optional := map[string]bool{}
 	for _, name := range []string{
-		"Leftover", "NeverBoots", "ExitsEarly", "Capacity", "Reopen", "ReopenDuringCreate", "Console", "ConsoleFollow",
+		"Leftover", "NeverBoots", "ExitsEarly", "Panics", "Capacity", "Reopen", "ReopenDuringCreate", "Console", "ConsoleFollow",
 		"ConsoleAbsent", "ConsoleAfterExit", "ConsoleContext", "Watch", "WatchSnapshot", "WatchExit", "WatchEnds",
 	} {
 		optional[name] = true
