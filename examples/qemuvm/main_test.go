@@ -230,7 +230,11 @@ func TestRefused(t *testing.T) {
 	}
 	h.empty()
 	for _, cfg := range []Config{
-		{}, {Root: "relative", Accelerator: "tcg"}, {Root: "/a,b", Accelerator: "tcg"}, {Root: "/tmp"}, {Root: "/tmp", Accelerator: "tcg", Max: -1},
+		{},
+		{Root: "relative", Accelerator: "tcg"},
+		{Root: "/a,b", Accelerator: "tcg"},
+		{Root: "/tmp"},
+		{Root: "/tmp", Accelerator: "tcg", Max: -1},
 		{Root: "/tmp/" + string(make([]byte, 64)), Accelerator: "tcg"},
 	} {
 		if _, err := New(cfg); !errors.Is(err, vmprovider.ErrInvalid) {

@@ -229,3 +229,42 @@ func Replaces(gomod string) []string {
 	}
 	return bad
 }
+
+// Invented lists the blocks of a Markdown text in one of the languages that occur
+// in none of the sources. Indentation does not count; a line with "…" stands for
+// any number of lines.
+func Invented(text string, languages, sources []string) []string {
+	lines := func(s string) string { // each trimmed, with a newline before and after
+		all := strings.Split(s, "\n")
+		for i := range all {
+			all[i] = strings.TrimSpace(all[i])
+		}
+		return "\n" + strings.Join(all, "\n") + "\n"
+	}
+	trimmed := make([]string, len(sources))
+	for i, s := range sources {
+		trimmed[i] = lines(s)
+	}
+	var bad []string
+	for i, block := range strings.Split("\n"+text, "\n```") {
+		language, code, _ := strings.Cut(block, "\n")
+		if i%2 == 0 || !slices.Contains(languages, language) {
+			continue
+		}
+		parts := strings.Split(lines(code), "\n…\n")
+		if !slices.ContainsFunc(trimmed, func(s string) bool {
+			for _, part := range parts {
+				_, rest, found := strings.Cut(s, lines(strings.TrimSpace(part)))
+				if !found {
+					return false
+				}
+				s = "\n" + rest
+			}
+			return true
+		}) {
+			first, _, _ := strings.Cut(strings.TrimSpace(code), "\n")
+			bad = append(bad, fmt.Sprintf("the block that begins with %q is in no source", first))
+		}
+	}
+	return bad
+}

@@ -150,6 +150,7 @@ func TestNoModuleIsReplaced(t *testing.T) {
 	for _, mod := range []struct{ dir, allowed string }{
 		{dir: "."},
 		{dir: "internal/bench", allowed: "replace " + Module + " => ../.."},
+		{dir: "examples/qemuvm", allowed: "replace " + Module + " => ../.."},
 	} {
 		data, err := os.ReadFile(filepath.Join(root, mod.dir, "go.mod"))
 		if err != nil {
@@ -174,6 +175,33 @@ func TestPeersStayOutside(t *testing.T) {
 			t.Errorf("go.mod names %s", peer)
 		}
 	}
+}
+
+// TestGuideShowsWhatIsThere: the code in the guide for providers is taken from
+// files that are compiled and tested.
+func TestGuideShowsWhatIsThere(t *testing.T) {
+	guide, err := os.ReadFile(filepath.Join(root, "docs/writing-a-vm-provider.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sources []string
+	for _, pattern := range []string{
+		"examples/qemuvm/*.go", "vmprovider/*.go", "vmprovider/vmprovidertest/*.go", "vmprovider/remotevm/*.go",
+		"solstice/api/proto/solstice/provider/v1/*.proto",
+	} {
+		files, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v, %v", pattern, files, err)
+		}
+		for _, file := range files {
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sources = append(sources, string(b))
+		}
+	}
+	report(t, Invented(string(guide), []string{"go", "proto"}, sources))
 }
 
 func TestNoPathsOfOneMachine(t *testing.T) {

@@ -94,3 +94,11 @@ func TestReplacesBite(t *testing.T) {
 	wantExactly(t, Replaces("module m\n\nrequire (\n\ta v1 // replace this\n)\n"))
 	wantExactly(t, Replaces("module m\nreplace a => ../a\nreplace (\n\tb => c v1\n)\nrequire d v1\n"), "go.mod:2", "go.mod:4")
 }
+
+func TestInventedBites(t *testing.T) {
+	sources := []string{"package a\n\nfunc f() {\n\tone()\n\ttwo()\n\tthree()\n}\n", "package b\n"}
+	text := "# T\n\n```go\none()\ntwo()\n```\n\n```go\nfunc f() {\n…\n\tthree()\n}\n```\n\n```sh\nanything\n```\n\n" +
+		"```go\none()\nthree()\n```\n\n```go\nthree()\n…\none()\n```\n\n```go\ntwo\n```\n"
+	wantExactly(t, Invented(text, []string{"go"}, sources), `"one()"`, `"three()"`, `"two"`)
+	wantExactly(t, Invented(text, []string{"sh"}, sources), `"anything"`)
+}
