@@ -263,11 +263,20 @@ func (s *Suite) within(what string, f func()) {
 }
 
 func sameInstance(a, b vmprovider.Instance) error {
-	switch {
-	case a.ID != b.ID, a.Owner != b.Owner, a.Host != b.Host:
-		return fmt.Errorf("got %+v, want %+v", a, b)
-	case !a.CreatedAt.Equal(b.CreatedAt) || !a.ExpiresAt.Equal(b.ExpiresAt):
-		return fmt.Errorf("times differ: got %+v, want %+v", a, b)
+	var errs []error
+	for _, field := range []struct {
+		name      string
+		got, want any
+	}{
+		{"ID", a.ID, b.ID},
+		{"Owner", a.Owner, b.Owner},
+		{"Host", a.Host, b.Host},
+		{"CreatedAt", a.CreatedAt.UTC().Round(0), b.CreatedAt.UTC().Round(0)},
+		{"ExpiresAt", a.ExpiresAt.UTC().Round(0), b.ExpiresAt.UTC().Round(0)},
+	} {
+		if field.got != field.want {
+			errs = append(errs, fmt.Errorf("%s is %v, was %v", field.name, field.got, field.want))
+		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
