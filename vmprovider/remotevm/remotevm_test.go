@@ -350,9 +350,9 @@ func TestStartFails(t *testing.T) {
 	if _, err := remotevm.Start(t.Context(), remotevm.Command{}); !errors.Is(err, vmprovider.ErrInvalid) {
 		t.Errorf("no program: %v", err)
 	}
-	_, err = remotevm.Start(t.Context(), remotevm.Command{Argv: []string{"/bin/false"}, ConnectTimeout: 300 * time.Millisecond})
-	if !errors.Is(err, vmprovider.ErrUnavailable) {
-		t.Errorf("a program that serves nothing: %v", err)
+	_, err = remotevm.Start(t.Context(), remotevm.Command{Argv: []string{"/bin/ls"}, ConnectTimeout: 2 * time.Second})
+	if !errors.Is(err, vmprovider.ErrUnavailable) || !strings.Contains(err.Error(), "--listen") {
+		t.Errorf("a program that says why it serves nothing: %v", err)
 	}
 }
 

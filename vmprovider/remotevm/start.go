@@ -1,6 +1,7 @@
 package remotevm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -60,7 +61,8 @@ func Start(ctx context.Context, c Command) (*Provider, error) {
 	run, end := context.WithCancel(context.Background())
 	var over sync.WaitGroup
 	failed := make(chan error, 1) // to start at all
-	over.Go(func() { c.supervise(run, failed) })
+	var last error                // how it ended most recently; read once supervise has returned
+	over.Go(func() { last = c.supervise(run, failed) })
 	stop := func() error {
 		end()
 		over.Wait()
@@ -85,22 +87,30 @@ func Start(ctx context.Context, c Command) (*Provider, error) {
 		if cause != nil && ctx.Err() == nil {
 			err = fmt.Errorf("%w: plugin %s: %w", vmprovider.ErrInvalid, c.Argv[0], cause)
 		}
-		return nil, errors.Join(err, stop())
+		stopped := stop()
+		if cause == nil && last != nil {
+			err = fmt.Errorf("%w; %s ended: %w", err, c.Argv[0], last)
+		}
+		return nil, errors.Join(err, stopped)
 	}
 	disconnect := p.close
 	p.close = sync.OnceValue(func() error { return errors.Join(disconnect(), stop()) })
 	return p, nil
 }
 
-// supervise keeps the plugin running until ctx ends.
-func (c *Command) supervise(ctx context.Context, failed chan<- error) {
+// supervise keeps the plugin running until ctx ends, and returns how it last ended
+// by itself.
+func (c *Command) supervise(ctx context.Context, failed chan<- error) (last error) {
 	retry := backoff.NewExponentialBackOff()
 	retry.InitialInterval, retry.MaxInterval = 100*time.Millisecond, 10*time.Second
 	for ctx.Err() == nil {
 		began := time.Now()
 		err := c.run(ctx)
 		if ctx.Err() != nil {
-			return
+			return last
+		}
+		if last = err; err == nil {
+			last = errors.New("without an error")
 		}
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
 			select {
@@ -118,12 +128,15 @@ func (c *Command) supervise(ctx context.Context, failed chan<- error) {
 		case <-ctx.Done():
 		}
 	}
+	return last
 }
 
-// run runs the plugin once.
+// run runs the plugin once. Where that fails, the end of what it printed is in the
+// error.
 func (c *Command) run(ctx context.Context) error {
 	cmd := exec.CommandContext(ctx, c.Argv[0], c.Argv[1:]...) //nolint:gosec // the operator's program
-	cmd.Env, cmd.Stdout, cmd.Stderr = c.Env, c.Output, c.Output
+	said := &tail{to: c.Output}
+	cmd.Env, cmd.Stdout, cmd.Stderr = c.Env, said, said
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return err
@@ -133,5 +146,24 @@ func (c *Command) run(ctx context.Context) error {
 		return cmd.Process.Signal(syscall.SIGTERM)
 	}
 	cmd.WaitDelay = stopTimeout
-	return cmd.Run()
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%w: %s", err, bytes.TrimSpace(said.end))
+	}
+	return nil
+}
+
+// tail passes on what is written, and keeps the end of it.
+type tail struct {
+	to  io.Writer // may be nil
+	end []byte
+}
+
+func (t *tail) Write(p []byte) (int, error) {
+	const most = 1 << 10
+	t.end = append(t.end, p[max(0, len(p)-most):]...)
+	t.end = t.end[max(0, len(t.end)-most):]
+	if t.to == nil {
+		return len(p), nil
+	}
+	return t.to.Write(p)
 }

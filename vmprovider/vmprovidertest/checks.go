@@ -232,7 +232,7 @@ func checkDestroyDuringCreate(s *Suite) {
 		if !ended {
 			s.within("Create during Destroy", func() { createErr = <-created })
 		}
-		s.Logf("Create ended with: %v", createErr)
+		s.Logf("Destroy during Create has returned, and Create with: %v; now nothing is to be left", createErr)
 		s.absent(spec.ID)
 	}
 }

@@ -173,6 +173,9 @@ func (s *Suite) bare(owner string) vmprovider.Spec {
 func (s *Suite) create(spec vmprovider.Spec) vmprovider.Instance {
 	s.Helper()
 	inst, err := s.p.Create(s.ctx, spec)
+	if err != nil && s.ctx.Err() != nil {
+		s.Fatalf("Create(%s): %v; it does not return: it should once the machine runs, without waiting for a boot", spec.ID, err)
+	}
 	if err != nil {
 		s.Fatalf("Create(%s): %v", spec.ID, err)
 	}
