@@ -286,8 +286,8 @@ func checkListBreak(s *Suite) {
 		n++
 		break
 	}
-	if n != 1 || len(s.list(who)) != 2 {
-		s.Errorf("List does not work after breaking out of one")
+	if again := s.list(who); n != 1 || len(again) != 2 {
+		s.Errorf("a List of two machines that is broken out of yields %d, and the next one %v; want 1, and both", n, again)
 	}
 }
 
@@ -496,7 +496,7 @@ func checkReopen(s *Suite) {
 	s.p = s.open()
 	got := s.get(spec.ID)
 	if err := sameInstance(got, inst); err != nil || got.State != vmprovider.StateRunning {
-		s.Errorf("after reopening: %+v, %v; want it running", got, err)
+		s.Errorf("after reopening: %+v, %v; want it running, as Capabilities.Adopts says", got, err)
 	}
 	if !slices.Contains(s.list(spec.Owner), spec.ID) {
 		s.Errorf("List of the reopened provider lacks the machine")

@@ -185,7 +185,7 @@ func (s *Suite) create(spec vmprovider.Spec) vmprovider.Instance {
 func (s *Suite) destroy(id string) {
 	s.Helper()
 	if err := s.p.Destroy(s.ctx, id, vmprovider.DestroyOptions{}); err != nil {
-		s.Fatalf("Destroy(%s): %v", id, err)
+		s.Fatalf("Destroy(%s): %v; want no error, also where nothing is there", id, err)
 	}
 }
 
