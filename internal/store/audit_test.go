@@ -27,6 +27,8 @@ const (
 	modelHold   = 10*time.Minute + 30*time.Second
 	modelOutbox = 2*time.Minute + 30*time.Second
 	modelBudget = 1 // retries of one class
+	modelFirst  = 3*time.Minute + 30*time.Second
+	modelMost   = 10*time.Minute + 30*time.Second
 )
 
 type modelPool struct {
@@ -42,6 +44,7 @@ var (
 		{"p2", "h1", []string{"l0"}, 2},
 	}
 	modelHosts = map[string]int{"h0": 3, "h1": 2}
+	modelBoots = map[string]int{"h0": 2} // at once
 )
 
 // modelMessages are what a change of a run causes: its status, of which only
@@ -362,12 +365,18 @@ func wantRunState(run *store.Run, jobs []*store.Job) store.RunState {
 }
 
 func (r *rows) withinCapacity(v *violations) {
-	hosts, pools := map[string]int{}, map[string]int{}
+	hosts, pools, boots := map[string]int{}, map[string]int{}, map[string]int{}
 	for _, m := range r.machines {
 		if m.State != store.MachineGone {
 			hosts[m.Host]++
 			pools[m.Pool]++
 		}
+		if m.State == store.MachineProvisioning {
+			boots[m.Host]++
+		}
+	}
+	for host, most := range modelBoots {
+		v.say(boots[host] > most, "host %s boots %d machines at once, it may %d", host, boots[host], most)
 	}
 	for host, capacity := range modelHosts {
 		v.say(hosts[host] > capacity, "host %s has %d machines, room is for %d", host, hosts[host], capacity)

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/uptrace/bun"
@@ -14,9 +15,10 @@ import (
 
 // Claim takes at most r.Max of the best queued jobs for the pool's labels and
 // gives each a machine: one of r.Ready while there are any, then new ones as
-// far as the capacity of pool and host allows. What room is left then goes to
-// at most r.Warm machines without a job. It returns nothing, and no error, when
-// there is nothing to do or no room. r.Ready machines cost no capacity.
+// far as the capacity of pool and host allows, and how many the host may boot at
+// once. What room is left then goes to machines without a job, until r.Warm wait
+// for one or are on the way there. It returns nothing, and no error, when there
+// is nothing to do or no room. r.Ready machines cost no capacity.
 //
 // Each claim is a transaction of its own under the lock of the host's capacity
 // and the job's run, so that no two processes over-commit a host or get the
@@ -63,8 +65,8 @@ func (s *Store) mayClaim(ctx context.Context, r ClaimRequest, ready []string) (b
 	if err != nil || !queued || len(ready) > 0 {
 		return queued, err
 	}
-	room, err := roomFor(ctx, s.db, r)
-	return room > 0, err
+	left, err := roomFor(ctx, s.db, r)
+	return left.machines() > 0, err
 }
 
 // claimOne returns nil when nothing can be claimed, and those of ready that are
@@ -80,7 +82,7 @@ func (s *Store) claimOne(ctx context.Context, r ClaimRequest, ready []string) (*
 			return err
 		}
 		machine, left, err := s.firstReady(ctx, tx, r, ready)
-		if err != nil || machine == nil && room <= 0 {
+		if err != nil || machine == nil && room.machines() <= 0 {
 			return err
 		}
 		job, run, err := s.takeBest(ctx, tx, now, r.Labels, attemptID)
@@ -139,46 +141,11 @@ const streamPrefix = "runs/"
 
 // provision fills in a machine that is about to be created.
 func provision(m *Machine, r ClaimRequest, now int64, job *Job) {
-	m.Pool, m.Host, m.State, m.Owner = r.Pool, r.Host, MachineProvisioning, r.Owner
+	m.Pool, m.Host, m.State, m.Owner, m.Recipe = r.Pool, r.Host, MachineProvisioning, r.Owner, r.Recipe
 	m.LeaseUntil, m.CreatedAt = now+micros(r.Lease), now
 	m.BootBy = now + micros(r.Boot)
 	m.TokenExpires = m.BootBy
 	m.ExpiresAt = now + micros(r.Expire(job))
-}
-
-// makeWarm adds machines that wait for jobs.
-func (s *Store) makeWarm(ctx context.Context, r ClaimRequest) ([]Claimed, error) {
-	var fresh []*Machine
-	var out []Claimed
-	err := s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
-		out = nil
-		room, err := lockCapacity(ctx, tx, r)
-		if err != nil {
-			return err
-		}
-		for i := range min(room, r.Warm) {
-			if i == len(fresh) {
-				fresh = append(fresh, r.NewMachine())
-			}
-			m := *fresh[i]
-			provision(&m, r, now, nil)
-			if _, err := tx.NewInsert().Model(&m).Exec(ctx); err != nil {
-				return err
-			}
-			out = append(out, Claimed{Machine: &m, Fresh: true})
-		}
-		return nil
-	})
-	if len(out) > 0 {
-		id := out[0].Machine.ID
-		err = s.settleClaim(ctx, err, r, func(ctx context.Context, tx bun.Tx) error {
-			return exists(ctx, tx.NewSelect().Model((*Machine)(nil)).Where("id = ? AND state = ?", id, MachineProvisioning), "machine", id)
-		})
-	}
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
 }
 
 // settleClaim has read look for what a claim wrote that failed with err. It looks
@@ -203,31 +170,41 @@ func exists(ctx context.Context, q *bun.SelectQuery, what, id string) error {
 	return err
 }
 
+// room is how many machines may be added, by what bounds them.
+type room struct{ host, pool, boots int }
+
+func (r room) machines() int { return min(r.host, r.pool, r.boots) }
+
 // lockCapacity locks the host's capacity and returns how many machines may be
-// added. A pool belongs to its host, so one lock serves both counts; on SQLite
+// added. A pool belongs to its host, so one lock serves all counts; on SQLite
 // the transaction is lock enough.
-func lockCapacity(ctx context.Context, tx bun.Tx, r ClaimRequest) (int, error) {
+func lockCapacity(ctx context.Context, tx bun.Tx, r ClaimRequest) (room, error) {
 	if sqldb.IsPostgres(tx) {
 		if _, err := tx.NewRaw("INSERT INTO capacity (host) VALUES (?) ON CONFLICT (host) DO NOTHING", r.Host).Exec(ctx); err != nil {
-			return 0, err
+			return room{}, err
 		}
 		var host string
 		if err := lockRow(tx, tx.NewSelect().TableExpr("capacity").Column("host").Where("host = ?", r.Host)).Scan(ctx, &host); err != nil {
-			return 0, err
+			return room{}, err
 		}
 	}
 	return roomFor(ctx, tx, r)
 }
 
-func roomFor(ctx context.Context, db bun.IDB, r ClaimRequest) (int, error) {
-	var n struct{ Host, Pool int }
+func roomFor(ctx context.Context, db bun.IDB, r ClaimRequest) (room, error) {
+	var n struct{ Host, Pool, Booting int }
 	err := machineCounts(db, r).Scan(ctx, &n)
-	return min(r.HostCapacity-n.Host, r.PoolCapacity-n.Pool), err
+	left := room{r.HostCapacity - n.Host, r.PoolCapacity - n.Pool, math.MaxInt}
+	if r.HostBoots > 0 {
+		left.boots = r.HostBoots - n.Booting
+	}
+	return left, err
 }
 
 func machineCounts(db bun.IDB, r ClaimRequest) *bun.SelectQuery {
 	return db.NewSelect().TableExpr("machines").
 		ColumnExpr("count(*) AS host, count(CASE WHEN pool = ? THEN 1 END) AS pool", r.Pool).
+		ColumnExpr("count(CASE WHEN state = 'provisioning' THEN 1 END) AS booting").
 		Where("host = ?", r.Host).Where(notGone)
 }
 

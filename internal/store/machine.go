@@ -140,6 +140,9 @@ func (s *Store) Attach(ctx context.Context, machineID, owner string, lease time.
 		m.Owner, m.LeaseUntil, m.ContactAt = owner, now+micros(lease), now
 		if m.State == MachineProvisioning {
 			m.State, m.ReadyAt = MachineReady, now
+			if err := warmAgain(ctx, tx, m); err != nil {
+				return err
+			}
 		}
 		if a != nil {
 			m.State = MachineBound

@@ -121,7 +121,7 @@ func TestIdleStuckAndLeases(t *testing.T) {
 		_, _, _, _, err := r.Attach(ctx, warm[0].Machine.ID, "o1", time.Minute)
 		must(t, err)
 		for host, want := range map[string]int{warm[0].Machine.Host: 2, "other": 0} {
-			idle, err := r.IdleMachines(ctx, host, "pool")
+			idle, err := r.IdleMachines(ctx, host, "pool", "")
 			must(t, err)
 			eq(t, "idle at "+host, idle, want)
 		}

@@ -177,7 +177,7 @@ func fillSome(t *testing.T, db *bun.DB) {
 		&Job{ID: "j", RunID: "r", State: JobQueued, Label: "l", RepoKey: "f/a", Spec: []byte("{}"), CopiedFrom: "x"},
 		&Attempt{ID: "t", JobID: "j", RunID: "r", State: AttemptFinished, LogStream: "s"},
 		&Step{AttemptID: "t", Name: "s", Outputs: []byte(`{"a":"b"}`)},
-		&Machine{ID: "m", Host: "h", Pool: "p", State: MachineGone, TokenHash: "th", GoneAt: 7},
+		&Machine{ID: "m", Host: "h", Pool: "p", State: MachineGone, TokenHash: "th", Recipe: "x", GoneAt: 7},
 		&Orchestrator{ID: "o", Pools: []byte("[]"), Contacts: []byte("[]")},
 		&OutboxMessage{Key: "k", Topic: "t", ContentType: "c", Body: []byte("\x00\xff body"), Attributes: []byte("{}")},
 	} {
@@ -186,7 +186,7 @@ func fillSome(t *testing.T, db *bun.DB) {
 		}
 	}
 	for _, q := range []string{
-		"INSERT INTO capacity VALUES ('h')", "INSERT INTO leases VALUES ('n', 'o', 1)",
+		"INSERT INTO capacity VALUES ('h')", "INSERT INTO warm_failures VALUES ('h', 'p', 1, 2, 3, 'r')", "INSERT INTO leases VALUES ('n', 'o', 1)",
 		"INSERT INTO log_streams VALUES ('s', 1, 2, true, 'h')", "INSERT INTO log_entries VALUES ('s', 0, 1, 2, 'k', 'h', false)",
 		"INSERT INTO tokens VALUES ('i', 'n', 'h', 'read', 1, 2, 3)",
 	} {

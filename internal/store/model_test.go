@@ -33,7 +33,7 @@ func (s step) GoString() string { return fmt.Sprintf("%s(%d,%d,%d)", s.Op, s.A, 
 // weights of the operations in a program.
 var weights = map[string]int{
 	"submit": 6, "approve": 2, "claim": 10, "enroll": 4, "attach": 9, "start": 8, "progress": 8, "finish": 7, "retry": 3, "lose": 4,
-	"cancel": 1, "renew": 3, "release": 1, "reap": 2, "discard": 2, "gone": 8, "unhold": 2, "lease": 2,
+	"cancel": 1, "renew": 3, "release": 1, "reap": 2, "discard": 2, "discard-idle": 2, "make-room": 4, "gone": 8, "unhold": 2, "lease": 2,
 	"relay": 3, "relay-done": 3, "relay-crash": 1, "pass": 4, "jump": 1, "restart": 2,
 }
 
@@ -75,6 +75,9 @@ type subject interface {
 	Release(ctx context.Context, owner string) error
 	Overdue(ctx context.Context, deadline time.Duration) (store.Due, error)
 	MachineDestroying(ctx context.Context, id, reason string) error
+	DiscardIdle(ctx context.Context, id, reason string) (bool, error)
+	WarmFailed(ctx context.Context, id, reason string, first, most time.Duration) (bool, error)
+	MakeRoom(ctx context.Context, r store.ClaimRequest, n int) ([]*store.Machine, error)
 	MachineGone(ctx context.Context, id string) ([]string, error)
 	ReleaseHolds(ctx context.Context, olderThan time.Duration) ([]string, error)
 	Lease(ctx context.Context, name, owner string, ttl time.Duration) (bool, error)
@@ -114,6 +117,11 @@ type (
 	mMachine struct {
 		id, pool, host, state, owner, attempt, nonce string
 		lease, contact, bootBy, destroying           int64
+		created, ready                               int64
+	}
+	mFailure struct {
+		n         int
+		at, retry int64
 	}
 	mClaim struct {
 		owner string
@@ -137,6 +145,7 @@ type model struct {
 	jobs     map[string]*mJob
 	attempts map[string]*mAttempt
 	machines map[string]*mMachine
+	failures map[string]*mFailure // of warm machines, by pool
 	leases   map[string]mClaim
 	claims   map[int64]mClaim                  // of messages
 	refs     []store.AttemptRef                // all that anybody ever had
@@ -148,7 +157,7 @@ type model struct {
 
 // newModel empties the database.
 func newModel(ctx context.Context, db *bun.DB, f fault) (*model, error) {
-	for _, table := range []string{"outbox", "leases", "steps", "machines", "attempts", "jobs", "runs"} {
+	for _, table := range []string{"outbox", "leases", "steps", "machines", "warm_failures", "attempts", "jobs", "runs"} {
 		if _, err := db.NewRaw("DELETE FROM ?", bun.Ident(table)).Exec(ctx); err != nil {
 			return nil, err
 		}
@@ -158,7 +167,7 @@ func newModel(ctx context.Context, db *bun.DB, f fault) (*model, error) {
 	}
 	m := &model{
 		db: db, fault: f, wall: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC),
-		runs: map[string]*mRun{}, jobs: map[string]*mJob{}, attempts: map[string]*mAttempt{}, machines: map[string]*mMachine{},
+		runs: map[string]*mRun{}, jobs: map[string]*mJob{}, attempts: map[string]*mAttempt{}, machines: map[string]*mMachine{}, failures: map[string]*mFailure{},
 		leases: map[string]mClaim{}, claims: map[int64]mClaim{},
 		taken: map[string][]*store.OutboxMessage{}, sent: newPublished(),
 	}
@@ -265,7 +274,7 @@ func (m *model) ops() map[string]opFunc {
 		"submit": m.submit, "approve": m.approve, "claim": m.claim, "enroll": m.enroll, "attach": m.attach,
 		"start": m.start, "progress": m.progress, "finish": m.finish, "retry": m.retry, "lose": m.lose,
 		"cancel": m.cancel, "renew": m.renew, "release": m.release, "reap": m.reap,
-		"discard": m.discard, "gone": m.gone, "unhold": m.unhold, "lease": m.lease,
+		"discard": m.discard, "discard-idle": m.discardIdle, "make-room": m.makeRoom, "gone": m.gone, "unhold": m.unhold, "lease": m.lease,
 		"relay": m.relay, "relay-done": m.relayDone, "relay-crash": m.relayCrash,
 		"pass": func(_ context.Context, s step) (bool, error) {
 			d := []time.Duration{400 * time.Millisecond, time.Minute, 4 * time.Minute, 15 * time.Minute}[s.A%4]
@@ -527,7 +536,7 @@ func (m *model) advance(r *mRun) {
 func (m *model) claim(ctx context.Context, s step) (bool, error) {
 	p, o := modelPools[s.A%len(modelPools)], owner(s.B)
 	q := claimRequest(p, o, func() string { return m.id("m") })
-	q.Max, q.Warm = s.C%3, s.C/3%4/3
+	q.Max, q.Warm = s.C%3, max(0, s.C/3%4-1)
 	q.Ready = slices.Sorted(maps.Keys(m.machines)) // also some that are not
 	got, err := m.s.Claim(ctx, q)
 	if err != nil {
@@ -551,7 +560,7 @@ func (m *model) claim(ctx context.Context, s step) (bool, error) {
 		if c.Job == nil || c.Job.ID != best.id {
 			return false, fmt.Errorf("claim %d for %s: %+v, want %s", i, p.name, c.Job, best.id)
 		}
-		x := &mMachine{id: c.Machine.ID, pool: p.name, host: p.host, state: "provisioning", owner: o, lease: m.now + modelLease.Microseconds(), bootBy: m.now + modelBoot.Microseconds()}
+		x := m.provision(p, c.Machine.ID, o)
 		a := &mAttempt{id: c.Attempt.ID, job: best.id, run: best.run, machine: x.id, state: "assigned", owner: o, epoch: 1, lease: m.now + modelLease.Microseconds()}
 		if m.attempts[a.id] != nil {
 			return false, fmt.Errorf("attempt %s was claimed before", a.id)
@@ -573,24 +582,149 @@ func (m *model) claim(ctx context.Context, s step) (bool, error) {
 		got = slices.Insert(got, i, store.Claimed{})
 	}
 	warm := slices.DeleteFunc(got, func(c store.Claimed) bool { return c.Machine == nil })
-	if want := max(0, min(q.Warm, m.room(p))); len(warm) != want {
+	if want := m.warmMissing(p, q.Warm); len(warm) != want {
 		return false, fmt.Errorf("claim for %s: %d more results than jobs, want %d", p.name, len(warm), want)
 	}
 	for _, c := range warm {
 		if c.Job != nil || !c.Fresh {
 			return false, fmt.Errorf("claim for %s: %+v after the last job", p.name, c.Job)
 		}
-		m.machines[c.Machine.ID] = &mMachine{
-			id: c.Machine.ID, pool: p.name, host: p.host, state: "provisioning", owner: o,
-			lease: m.now + modelLease.Microseconds(), bootBy: m.now + modelBoot.Microseconds(),
-		}
+		m.machines[c.Machine.ID] = m.provision(p, c.Machine.ID, o)
 	}
 	return began, nil
 }
 
+func (m *model) provision(p modelPool, id, owner string) *mMachine {
+	return &mMachine{
+		id: id, pool: p.name, host: p.host, state: "provisioning", owner: owner,
+		lease: m.now + modelLease.Microseconds(), bootBy: m.now + modelBoot.Microseconds(), created: m.now,
+	}
+}
+
+// idle are the machines that wait for a job or boot to do so.
+func (m *model) idle(fits func(*mMachine) bool) (all []*mMachine) {
+	for _, x := range m.machines {
+		if x.attempt == "" && (x.state == "ready" || x.state == "provisioning") && fits(x) {
+			all = append(all, x)
+		}
+	}
+	return all
+}
+
+// warmMissing is how many machines a claim adds that wait for a job.
+func (m *model) warmMissing(p modelPool, warm int) int {
+	idle := m.idle(func(x *mMachine) bool { return x.pool == p.name })
+	n := warm - len(idle)
+	if f := m.failures[p.name]; f != nil {
+		if f.retry > m.now {
+			return 0
+		}
+		n = min(n, 1)
+		for _, x := range idle {
+			if x.state == "provisioning" {
+				n = 0
+			}
+		}
+	}
+	left := m.roomOf(p)
+	for _, o := range modelPools {
+		if o.host == p.host && o.name != p.name { // its jobs come first
+			wanted := max(0, min(m.queued(o), m.roomOf(o)["pool"]))
+			left["host"] -= wanted
+			left["boots"] -= wanted
+		}
+	}
+	return max(0, min(n, left["host"], left["pool"], left["boots"]))
+}
+
+func (m *model) queued(p modelPool) (n int) {
+	for _, j := range m.jobs {
+		if j.state == "queued" && j.hold == "" && slices.Contains(p.labels, j.label) {
+			n++
+		}
+	}
+	return n
+}
+
+// makeRoom has warm machines of other pools give way.
+func (m *model) makeRoom(ctx context.Context, s step) (bool, error) {
+	p, n := modelPools[s.A%len(modelPools)], s.C%3
+	got, err := m.s.MakeRoom(ctx, claimRequest(p, owner(s.B), func() string { return "none" }), n)
+	if err != nil {
+		return false, err
+	}
+	left := m.roomOf(p)
+	n = min(n, m.queued(p), left["pool"])
+	if n <= 0 || n <= left["host"] {
+		n = 0
+	} else {
+		n -= max(0, left["host"])
+	}
+	for _, x := range m.machines {
+		if n > 0 && x.host == p.host && x.state == "destroying" {
+			n--
+		}
+	}
+	rivals := m.idle(func(x *mMachine) bool { return x.host == p.host && x.pool != p.name })
+	slices.SortFunc(rivals, func(a, b *mMachine) int { return cmp.Or(cmp.Compare(a.ready, b.ready), -strings.Compare(a.id, b.id)) })
+	rivals = rivals[:min(n, len(rivals))]
+	if len(got) != len(rivals) {
+		return false, fmt.Errorf("room for %s: %d machines go, want %d", p.name, len(got), len(rivals))
+	}
+	for i, x := range rivals {
+		if got[i].ID != x.id {
+			return false, fmt.Errorf("room for %s: %s goes, want %s", p.name, got[i].ID, x.id)
+		}
+		x.state, x.destroying = "destroying", m.now
+	}
+	return n > 0, nil
+}
+
+// discardIdle gets rid of a machine unless it has a job; every other time it
+// counts as a failure of its pool's warm machines.
+func (m *model) discardIdle(ctx context.Context, s step) (bool, error) {
+	x := pick(m.machines, s.A, func(x *mMachine) bool { return s.C%4 == 0 || x.state != "gone" && x.attempt == "" })
+	if x == nil {
+		return false, nil
+	}
+	var got bool
+	var err error
+	if s.B%2 == 0 {
+		got, err = m.s.DiscardIdle(ctx, x.id, "discarded")
+	} else {
+		got, err = m.s.WarmFailed(ctx, x.id, "failed", modelFirst, modelMost)
+	}
+	want := x.attempt == "" && (x.state == "ready" || x.state == "provisioning")
+	if err != nil || got != want {
+		return false, fmt.Errorf("discard of %s: %v, %w, want %v", x.id, got, err, want)
+	}
+	if !want {
+		return true, nil
+	}
+	x.state, x.destroying = "destroying", m.now
+	f := m.failures[x.pool]
+	if s.B%2 == 0 || f != nil && x.created <= f.at {
+		return true, nil
+	}
+	if f == nil {
+		f = &mFailure{}
+		m.failures[x.pool] = f
+	}
+	f.at, f.retry = m.now, m.now+min(modelFirst<<f.n, modelMost).Microseconds()
+	f.n++
+	return true, nil
+}
+
 func claimRequest(p modelPool, owner string, id func() string) store.ClaimRequest {
+	var others []store.PoolRoom
+	for _, o := range modelPools {
+		if o.host == p.host && o.name != p.name {
+			others = append(others, store.PoolRoom{Pool: o.name, Labels: o.labels, Capacity: o.capacity})
+		}
+	}
 	return store.ClaimRequest{
 		Owner: owner, Lease: modelLease, Labels: p.labels, Pool: p.name, PoolCapacity: p.capacity, Host: p.host, HostCapacity: modelHosts[p.host],
+		HostBoots: modelBoots[p.host], Others: others,
 		NewMachine: func() *store.Machine { id := id(); return &store.Machine{ID: id, TokenHash: "token " + id} },
 		Boot:       modelBoot, Expire: func(*store.Job) time.Duration { return 24 * time.Hour },
 	}
@@ -618,16 +752,24 @@ func (m *model) best(labels []string) *mJob {
 }
 
 func (m *model) room(p modelPool) int {
-	onHost, inPool := 0, 0
+	left := m.roomOf(p)
+	return min(left["host"], left["pool"], left["boots"])
+}
+
+func (m *model) roomOf(p modelPool) map[string]int {
+	left := map[string]int{"host": modelHosts[p.host], "pool": p.capacity, "boots": cmp.Or(modelBoots[p.host], 1000)}
 	for _, x := range m.machines {
 		if x.state != "gone" && x.host == p.host {
-			onHost++
+			left["host"]--
 			if x.pool == p.name {
-				inPool++
+				left["pool"]--
+			}
+			if x.state == "provisioning" {
+				left["boots"]--
 			}
 		}
 	}
-	return min(modelHosts[p.host]-onHost, p.capacity-inPool)
+	return left
 }
 
 func (m *model) enroll(ctx context.Context, s step) (bool, error) {
@@ -667,6 +809,10 @@ func (m *model) attach(ctx context.Context, s step) (bool, error) {
 		return false, err
 	}
 	x.owner, x.lease, x.contact = o, m.now+modelLease.Microseconds(), m.now
+	if x.state == "provisioning" {
+		x.ready = m.now
+		delete(m.failures, x.pool)
+	}
 	if a == nil {
 		x.state = "ready"
 		return true, nil

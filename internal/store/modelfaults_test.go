@@ -106,6 +106,20 @@ var faults = map[string]fault{
 		q.HostCapacity = math.MaxInt32
 		return f.subject.Claim(ctx, q)
 	}}),
+	"boots of a host are not counted": with(faulty{claim: func(f *faulty, ctx context.Context, q store.ClaimRequest) ([]store.Claimed, error) {
+		q.HostBoots = 0
+		return f.subject.Claim(ctx, q)
+	}}),
+	"warm machines come before another pool's jobs": with(faulty{claim: func(f *faulty, ctx context.Context, q store.ClaimRequest) ([]store.Claimed, error) {
+		q.Others = nil
+		return f.subject.Claim(ctx, q)
+	}}),
+	"warm machines that fail are made again at once": with(faulty{claim: func(f *faulty, ctx context.Context, q store.ClaimRequest) ([]store.Claimed, error) {
+		if err := f.exec(ctx, "DELETE FROM warm_failures"); err != nil {
+			return nil, err
+		}
+		return f.subject.Claim(ctx, q)
+	}}),
 	"priorities are ignored": with(faulty{claim: func(f *faulty, ctx context.Context, q store.ClaimRequest) ([]store.Claimed, error) {
 		if err := f.exec(ctx, "UPDATE jobs SET priority = 0"); err != nil {
 			return nil, err

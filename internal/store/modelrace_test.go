@@ -109,7 +109,7 @@ func (r *race) act(ctx context.Context, rnd *rand.Rand, s *store.Store, who stri
 	case 3, 4, 5, 6:
 		p := modelPools[rnd.IntN(len(modelPools))]
 		q := claimRequest(p, who, func() string { return fmt.Sprintf("m%05d", r.ids.Add(1)) })
-		q.Max, q.Warm = 1+rnd.IntN(2), rnd.IntN(8)/7
+		q.Max, q.Warm = 1+rnd.IntN(2), rnd.IntN(8)/6
 		r.mu.Lock()
 		q.Ready = append(q.Ready, r.machines[max(0, len(r.machines)-8):]...)
 		r.mu.Unlock()
@@ -139,8 +139,13 @@ func (r *race) act(ctx context.Context, rnd *rand.Rand, s *store.Store, who stri
 	case 10, 11, 12, 13, 14, 15:
 		return r.write(ctx, rnd, s, who)
 	case 16:
-		if rnd.IntN(2) == 0 {
+		switch rnd.IntN(4) {
+		case 0, 1:
 			return r.reap(ctx, s)
+		case 2:
+			p := modelPools[rnd.IntN(len(modelPools))]
+			_, err := s.MakeRoom(ctx, claimRequest(p, who, nil), 2)
+			return err
 		}
 		_, _, err := s.Renew(ctx, who, modelLease, nil, nil)
 		return err
@@ -255,7 +260,8 @@ func (r *race) reap(ctx context.Context, s *store.Store) error {
 	lost := due.Lost
 	for _, m := range due.Boot {
 		if m.AttemptID == "" {
-			r.note(s.MachineDestroying(ctx, m.ID, "not booted"))
+			_, err := s.WarmFailed(ctx, m.ID, "not booted", modelFirst, modelMost)
+			r.note(err)
 			continue
 		}
 		a, err := s.Attempt(ctx, m.AttemptID)
@@ -403,7 +409,7 @@ func TestAuditNoticesAMissingLock(t *testing.T) {
 				counted.Wait()
 				if err == nil {
 					q := claimRequest(p, fmt.Sprint("o", i), func() string { return fmt.Sprint("m", r.ids.Add(1)) })
-					q.Max, q.PoolCapacity, q.HostCapacity = p.capacity-len(there), 100, 100
+					q.Max, q.PoolCapacity, q.HostCapacity, q.HostBoots = p.capacity-len(there), 100, 100, 0
 					_, err = s.Claim(t.Context(), q)
 				}
 				r.note(err)

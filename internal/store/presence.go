@@ -143,6 +143,7 @@ type MachineCount struct {
 	Machines   int // not gone
 	Busy       int // of these, with a job
 	Idle       int // ready, waiting for one
+	Booting    int
 }
 
 // MachineCounts counts the machines that are not gone by host and pool.
@@ -151,6 +152,7 @@ func (s *Store) MachineCounts(ctx context.Context) ([]MachineCount, error) {
 	err := s.db.NewSelect().TableExpr("machines").ColumnExpr("host, pool, count(*) AS machines").
 		ColumnExpr("count(CASE WHEN attempt_id <> '' AND state <> 'destroying' THEN 1 END) AS busy").
 		ColumnExpr("count(CASE WHEN attempt_id = '' AND state = 'ready' THEN 1 END) AS idle").
+		ColumnExpr("count(CASE WHEN state = 'provisioning' THEN 1 END) AS booting").
 		Where(notGone).GroupExpr("host, pool").Scan(ctx, &out)
 	return out, err
 }

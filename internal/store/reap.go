@@ -54,15 +54,6 @@ func liveAttempts(db bun.IDB, out *[]*Attempt) *bun.SelectQuery {
 	return db.NewSelect().Model(out).Where(liveAttempt).OrderBy("id", bun.OrderAsc)
 }
 
-// IdleMachines counts the machines of a pool at a host that wait for a job, or
-// are on the way there.
-func (s *Store) IdleMachines(ctx context.Context, host, pool string) (int, error) {
-	var n int
-	err := s.db.NewSelect().TableExpr("machines").ColumnExpr("count(*)").Where("host = ? AND pool = ?", host, pool).
-		Where("attempt_id = ''").Where(notGone).Where("state IN ('provisioning', 'ready')").Scan(ctx, &n)
-	return n, err
-}
-
 // StuckRuns looks through runs that are not over, limit at a time, for those
 // that nothing will move on any more: jobs wait, and none is queued, assigned or
 // running. There should be none; looking again through WithRun frees them. The

@@ -242,6 +242,7 @@ type Machine struct {
 	AgentVersion string
 	Protocol     int
 	HasGit       bool
+	Recipe       string // what it was made from, in its pool's words
 	ContactAt    int64
 	BootBy       int64 // not attached by then: class boot
 	ExpiresAt    int64
@@ -302,9 +303,12 @@ type ClaimRequest struct {
 	PoolCapacity int
 	Host         string // machines are counted per host, over all its pools
 	HostCapacity int
+	HostBoots    int             // of them, how many may boot at once; 0: any number
 	Max          int             // claims at most
 	Ready        []string        // ready machines of this pool attached to the caller
-	Warm         int             // machines to make without a job, after the claims
+	Warm         int             // machines of the recipe that are to wait for a job, after the claims
+	Recipe       string          // what the pool's machines are made from
+	Others       []PoolRoom      // the host's other pools: their jobs have precedence over Warm
 	NewMachine   func() *Machine // fills ID and TokenHash
 	Boot         time.Duration
 	// Expire says how long a machine for the job may exist; nil job: a warm one.

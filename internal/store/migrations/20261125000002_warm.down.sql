@@ -1,0 +1,2 @@
+DROP TABLE warm_failures;
+ALTER TABLE machines DROP COLUMN recipe;
