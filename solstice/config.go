@@ -148,13 +148,25 @@ type Pool struct {
 	// HostCapacity is how many machines the host may have over all pools; 0:
 	// not limited beyond Capacity.
 	HostCapacity int
-	Image        vmprovider.Image
+	// HostBoots is how many machines of the host may boot at once, over all its
+	// pools and all engines; jobs that wait for that say so, and their deadlines do
+	// not run. Machines for jobs come before those that are to wait for one. 0:
+	// twice the CPUs of the engine's machine, at least 8.
+	HostBoots int
+	Image     vmprovider.Image
 	CPUs         int
 	MemoryBytes  int64
 	DiskBytes    int64
-	// Warm is how many machines to keep booted and enrolled, waiting for a job.
+	// Warm is how many machines to keep booted and enrolled, waiting for a job;
+	// engines that have the pool at the same host keep that many together. They
+	// count as all machines do, and give way when jobs of the host's other pools
+	// need the room. One is replaced when its agent falls silent, and gets no job
+	// once Image, CPUs, MemoryBytes, DiskBytes or AgentSHA256 are other ones. While
+	// they do not come to be ready, fewer and fewer are tried: Tick to 60 Ticks
+	// apart.
 	Warm int
-	// WarmMaxAge is when an idle warm machine is replaced; 0: 1 h.
+	// WarmMaxAge is when a machine that waits is replaced, one after the other, at
+	// twice that at the latest; 0: 1 h.
 	WarmMaxAge time.Duration
 	// Boot overrides Timing.Boot.
 	Boot time.Duration
@@ -255,13 +267,14 @@ func (c *Config) fill() error {
 			errs = append(errs, fmt.Errorf("solstice: pool %q has no provider", p.Name))
 		case seen[p.Name]:
 			errs = append(errs, fmt.Errorf("solstice: there are two pools named %q", p.Name))
-		case p.Capacity < 0 || p.HostCapacity < 0 || p.Warm < 0:
-			errs = append(errs, fmt.Errorf("solstice: pool %q: negative capacity or warm count", p.Name))
+		case p.Capacity < 0 || p.HostCapacity < 0 || p.HostBoots < 0 || p.Warm < 0 || p.WarmMaxAge < 0:
+			errs = append(errs, fmt.Errorf("solstice: pool %q: negative capacity, boots, warm count or age", p.Name))
 		}
 		seen[p.Name] = true
 		orDefault(&p.Host, hostname)
 		orDefault(&p.Capacity, c.MaxConcurrency)
 		orDefault(&p.HostCapacity, 1<<30)
+		orDefault(&p.HostBoots, max(8, 2*runtime.NumCPU()))
 		orDefault(&p.WarmMaxAge, time.Hour)
 		orDefault(&p.Boot, c.Timing.Boot)
 		orDefault(&p.RunnerURL, c.RunnerURL)

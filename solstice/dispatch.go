@@ -23,6 +23,9 @@ type pool struct {
 	Pool
 	e    *Engine
 	kick flag
+	made string // its recipe
+
+	silent map[string]suspect // the sweep's: machines that wait, whose agents seem dead
 
 	mu         sync.Mutex
 	creating   map[string]context.CancelFunc // machines whose Create runs here
@@ -37,7 +40,7 @@ type pool struct {
 const warmDelay = 200 * time.Millisecond
 
 func newPool(e *Engine, cfg *Pool) *pool {
-	return &pool{Pool: *cfg, e: e, kick: newFlag(), creating: map[string]context.CancelFunc{}, destroying: map[string]struct{}{}}
+	return &pool{Pool: *cfg, e: e, kick: newFlag(), made: cfg.recipe(), creating: map[string]context.CancelFunc{}, destroying: map[string]struct{}{}}
 }
 
 func (e *Engine) poolNamed(name string) *pool {
@@ -136,19 +139,22 @@ func (p *pool) claim(ctx context.Context) (int, error) {
 	free := e.slotsLeft()
 	warm := 0
 	if p.Warm > 0 && p.warmDue() {
-		idle, err := e.store.IdleMachines(ctx, p.Host, p.Name)
+		idle, err := e.store.IdleMachines(ctx, p.Host, p.Name, p.made)
 		if err != nil {
 			return 0, err
 		}
-		warm = max(p.Warm-idle, 0)
+		if idle < p.Warm {
+			warm = p.Warm
+		}
 	}
 	if free <= 0 && warm <= 0 {
 		return 0, nil
 	}
 	tokens := map[string]string{} // by machine; only its hash is stored
-	claimed, err := e.store.Claim(ctx, store.ClaimRequest{
+	request := store.ClaimRequest{
 		Owner: e.id, Lease: e.cfg.Timing.Lease, Labels: p.Labels, Pool: p.Name, PoolCapacity: p.Capacity,
-		Host: p.Host, HostCapacity: p.HostCapacity, Max: max(free, 0), Ready: e.readyMachines(p.Name), Warm: warm, Boot: p.Boot,
+		Host: p.Host, HostCapacity: p.HostCapacity, HostBoots: p.HostBoots,
+		Max: max(free, 0), Ready: e.readyMachines(p.Name), Warm: warm, Recipe: p.made, Others: p.others(), Boot: p.Boot,
 		NewMachine: func() *store.Machine {
 			token := randomToken()
 			m := &store.Machine{ID: "sol-" + uuid.Must(uuid.NewV7()).String(), TokenHash: hashToken(token)}
@@ -166,7 +172,8 @@ func (p *pool) claim(ctx context.Context) (int, error) {
 			}
 			return decode[workflow.PlannedJob](j.Spec).Timeout + p.Boot + 2*e.cfg.Timing.AgentDeadline
 		},
-	})
+	}
+	claimed, err := e.store.Claim(ctx, request)
 	p.mu.Lock()
 	for id := range tokens {
 		if !slices.ContainsFunc(claimed, func(c store.Claimed) bool { return c.Machine.ID == id }) {
@@ -195,7 +202,12 @@ func (p *pool) claim(ctx context.Context) (int, error) {
 			e.background(func() { p.create(create, c, tokens[c.Machine.ID]) })
 		default:
 			e.assignReady(c)
+			e.expectAnswer(ctx, c)
 		}
+	}
+	jobs := len(slices.DeleteFunc(slices.Clone(claimed), func(c store.Claimed) bool { return c.Attempt == nil }))
+	if err := p.makeRoom(ctx, request, free-jobs); err != nil {
+		e.log.WarnContext(ctx, "no room made for jobs", "pool", p.Name, "error", e.noted(err))
 	}
 	return len(claimed), nil
 }
@@ -237,14 +249,14 @@ func (p *pool) create(ctx context.Context, c store.Claimed, token string) {
 	if errors.Is(err, vmprovider.ErrCapacity) {
 		class = ClassCapacity
 	}
-	p.refused()
 	e.log.WarnContext(ctx, "machine not created", "machine", m.ID, "pool", p.Name, "class", class, "error", err)
 	after := context.WithoutCancel(ctx)
 	if c.Attempt != nil {
+		p.refused()
 		e.lose(after, c.Attempt, class, "the machine could not be created: "+err.Error(), "")
 		return
 	}
-	e.discard(after, m, "could not be created: "+err.Error())
+	e.warmFailed(after, m, "it could not be created: "+err.Error())
 }
 
 func randomToken() string {

@@ -68,7 +68,7 @@ func (e *Engine) listen(ctx context.Context) error {
 		}
 		e.contacts = []string{e.listener.Addr().String()}
 	}
-	e.fleet.Store(&fleet{[]string{e.id}, e.contacts})
+	e.fleet.Store(&fleet{ids: []string{e.id}, contacts: e.contacts})
 	return nil
 }
 

@@ -17,8 +17,8 @@ import (
 // queued again, or ends with the class's state when its retries are used up.
 // Losing an attempt that is over, or that changed hands since a was read, does
 // nothing.
-func (e *Engine) lose(ctx context.Context, a *store.Attempt, class Class, reason, console string) {
-	lost := false
+func (e *Engine) lose(ctx context.Context, a *store.Attempt, given Class, reason, console string) {
+	lost, class := false, given
 	var epoch int64
 	var trace string
 	err := e.withRun(ctx, a.RunID, func(ctx context.Context, t *store.RunTx) error {
@@ -29,6 +29,13 @@ func (e *Engine) lose(ctx context.Context, a *store.Attempt, class Class, reason
 		}
 		if AttemptState(now.State).Terminal() || now.Epoch != a.Epoch {
 			return nil
+		}
+		if given == ClassNoAnswer && now.State != store.AttemptAssigned {
+			return nil // it answered
+		}
+		class = given
+		if class == ClassNoAnswer && !e.mayRetry(t, a.JobID, class) {
+			class = ClassAgentLost
 		}
 		loss := store.Loss{Class: string(class), Reason: reason, Console: console}
 		switch {
@@ -84,10 +91,19 @@ func (e *Engine) attemptOver(a *store.Attempt, trace string) {
 	})
 }
 
-// discard gets rid of a machine that has no attempt.
+// discard gets rid of a machine that has no attempt, or one that is over.
 func (e *Engine) discard(ctx context.Context, m *store.Machine, why string) {
-	if err := e.store.MachineDestroying(ctx, m.ID, why); err != nil {
+	done, err := true, error(nil)
+	if m.AttemptID == "" {
+		done, err = e.store.DiscardIdle(ctx, m.ID, why) // unless it has got one since
+	} else {
+		err = e.store.MachineDestroying(ctx, m.ID, why)
+	}
+	if err != nil {
 		e.log.WarnContext(ctx, "machine not marked for destruction", "machine", m.ID, "error", err)
+		return
+	}
+	if !done {
 		return
 	}
 	e.background(func() { e.destroy(context.WithoutCancel(ctx), m) })
@@ -134,7 +150,7 @@ func (e *Engine) destroy(ctx context.Context, m *store.Machine) {
 		e.log.WarnContext(ctx, "machine destroyed but not recorded yet", "machine", m.ID, "error", err)
 		return
 	}
-	p.kick.set()
+	e.kickHost(m.Host)
 	if len(labels) > 0 {
 		e.wake(labels)
 	}
@@ -219,7 +235,14 @@ func (p *pool) over(ctx context.Context, m *store.Machine, why string) {
 		return
 	}
 	if m.AttemptID == "" {
-		e.discard(ctx, m, why)
+		if now, err := e.store.Now(ctx); err == nil && m.LeaseUntil <= now {
+			e.discard(ctx, m, why) // its engine died: no fault of the machine's
+			return
+		}
+		if m.State == store.MachineProvisioning {
+			why += lastLine(p.console(ctx, m.ID))
+		}
+		e.warmFailed(ctx, m, why)
 		return
 	}
 	a, err := e.store.Attempt(ctx, m.AttemptID)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -22,6 +23,7 @@ type offer struct {
 	Host         string   `json:"host"`
 	Capacity     int      `json:"capacity"`
 	HostCapacity int      `json:"host_capacity"`
+	HostBoots    int      `json:"host_boots,omitempty"`
 	Warm         int      `json:"warm"`
 }
 
@@ -34,7 +36,7 @@ func (e *Engine) beat(ctx context.Context) {
 	e.mu.Unlock()
 	if !draining {
 		for _, p := range e.pools {
-			offers = append(offers, offer{p.Name, p.Labels, p.Host, p.Capacity, p.HostCapacity, p.Warm})
+			offers = append(offers, offer{p.Name, p.Labels, p.Host, p.Capacity, p.HostCapacity, p.HostBoots, p.Warm})
 		}
 	}
 	o := store.Orchestrator{
@@ -56,6 +58,7 @@ func (e *Engine) beat(ctx context.Context) {
 type fleet struct {
 	ids      []string
 	contacts []string // where agents reach them, our own first
+	offers   []offer  // pools of the others
 }
 
 // meet takes note of the engines that are there.
@@ -73,13 +76,14 @@ func (e *Engine) meet(ctx context.Context) {
 			continue
 		}
 		f.ids = append(f.ids, o.ID)
+		f.offers = append(f.offers, decode[[]offer](o.Pools)...)
 		for _, c := range decode[[]string](o.Contacts) {
 			if !slices.Contains(f.contacts, c) {
 				f.contacts = append(f.contacts, c)
 			}
 		}
 	}
-	if now := e.fleet.Load(); !slices.Equal(now.ids, f.ids) || !slices.Equal(now.contacts, f.contacts) {
+	if now := e.fleet.Load(); !slices.Equal(now.ids, f.ids) || !slices.Equal(now.contacts, f.contacts) || !reflect.DeepEqual(now.offers, f.offers) {
 		e.fleet.Store(f)
 	}
 }
@@ -92,7 +96,7 @@ func (e *Engine) heardOf(ctx context.Context, id string) {
 	}
 	e.meet(ctx)
 	if now := e.fleet.Load(); !slices.Contains(now.ids, id) {
-		e.fleet.Store(&fleet{append(slices.Clone(now.ids), id), now.contacts})
+		e.fleet.Store(&fleet{append(slices.Clone(now.ids), id), now.contacts, now.offers})
 	}
 }
 
@@ -134,10 +138,16 @@ type PoolInfo struct {
 	Machines     int       `json:"machines"` // not gone
 	Busy         int       `json:"busy"`     // of these, with a job
 	Warm         int       `json:"warm"`     // to be kept ready
+	Ready        int       `json:"ready"`    // waiting for a job
+	Booting      int       `json:"booting"`  // for a job or to wait for one
 	Queued       int64     `json:"queued"`   // jobs queued for its labels, at most 1000
 	SeenAt       time.Time `json:"seen_at"`  // when its orchestrator was there last
+	// Problem says for people why machines do not come to wait for jobs; empty:
+	// they do.
+	Problem string `json:"problem,omitempty"`
 
-	room int // jobs that it could begin now
+	room  int    // jobs that it could begin now
+	boots string // why it cannot begin more, where that is the host's boots
 }
 
 // Pools lists the pools of all orchestrators that are there, by name.
@@ -174,6 +184,14 @@ func (e *Engine) poolInfos(ctx context.Context, label string) ([]PoolInfo, error
 	if err != nil {
 		return nil, err
 	}
+	failures, err := e.store.WarmFailures(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now, err := e.store.Now(ctx)
+	if err != nil {
+		return nil, err
+	}
 	var out []PoolInfo
 	for _, row := range rows {
 		for _, o := range decode[[]offer](row.Pools) {
@@ -183,19 +201,29 @@ func (e *Engine) poolInfos(ctx context.Context, label string) ([]PoolInfo, error
 			p := PoolInfo{
 				Name: o.Name, Labels: o.Labels, Host: o.Host, Orchestrator: row.ID, Capacity: o.Capacity, Warm: o.Warm, SeenAt: timeOf(row.SeenAt),
 			}
-			host, idle := 0, 0
+			host, booting := 0, 0
 			for _, c := range counts {
 				if c.Host != o.Host {
 					continue
 				}
 				host += c.Machines
+				booting += c.Booting
 				if c.Pool == o.Name {
-					p.Machines, p.Busy, idle = c.Machines, c.Busy, c.Idle
+					p.Machines, p.Busy, p.Ready, p.Booting = c.Machines, c.Busy, c.Idle, c.Booting
+				}
+			}
+			for _, f := range failures {
+				if f.Host == o.Host && f.Pool == o.Name && o.Warm > 0 {
+					p.Problem = warmProblem(f, now)
 				}
 			}
 			// A ready machine is room; it counts against neither capacity again.
-			p.room = idle + max(min(o.Capacity-p.Machines, o.HostCapacity-host), 0)
-			p.room = min(p.room, row.Slots-busy[row.ID])
+			p.room = min(o.Capacity-p.Machines, o.HostCapacity-host)
+			if o.HostBoots > 0 && p.room > 0 && booting >= o.HostBoots {
+				p.boots = fmt.Sprintf("%s boots %s, as many as it may at once", o.Host, count(int64(booting), "machine"))
+				p.room = 0
+			}
+			p.room = min(p.Ready+max(p.room, 0), row.Slots-busy[row.ID])
 			out = append(out, p)
 		}
 	}

@@ -250,7 +250,7 @@ func (e *Engine) bootFailed(ctx context.Context, m *store.Machine) {
 		return
 	}
 	if a == nil {
-		e.discard(ctx, m, "its agent did not attach in time")
+		e.warmFailed(ctx, m, "its agent did not attach in time"+lastLine(console))
 		return
 	}
 	e.lose(ctx, a, ClassBoot, "its machine's agent did not attach in time", console)
@@ -279,6 +279,8 @@ func (p *pool) sweep(ctx context.Context) error {
 		seen[inst.ID] = inst
 	}
 	known := map[string]bool{}
+	var waiting []*store.Machine
+	booting := 0
 	now, err := e.store.Now(ctx)
 	if err != nil {
 		return err
@@ -310,14 +312,14 @@ func (p *pool) sweep(ctx context.Context) error {
 			// Whoever made it died over it. One that has an agent with a job was
 			// complete enough: whether that agent lives, its silence says.
 			p.over(ctx, m, "its machine was not completed")
-		case m.State == store.MachineReady && (now-m.ReadyAt > p.WarmMaxAge.Microseconds() || !live):
-			// Too old, or its agent did not find another engine.
-			if !live && now-m.ContactAt < (e.cfg.Timing.AgentDeadline+e.cfg.Timing.DeadlineMargin).Microseconds() {
-				continue
-			}
-			e.discard(ctx, m, "it waited too long for a job")
+		case m.State == store.MachineReady && m.AttemptID == "":
+			waiting = append(waiting, m)
+		}
+		if m.State == store.MachineProvisioning && m.AttemptID == "" {
+			booting++
 		}
 	}
+	p.tend(ctx, waiting, booting, now)
 	for id := range seen {
 		if known[id] {
 			continue

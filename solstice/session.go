@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -126,16 +127,19 @@ func (e *Engine) unregister(s *session) {
 	}
 }
 
-// readyMachines lists idle machines of a pool whose agents are attached here.
+// readyMachines lists idle machines of a pool whose agents are attached here and
+// were heard of lately, oldest first: those are replaced next.
 func (e *Engine) readyMachines(poolName string) []string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	var ids []string
+	since := time.Now().Add(-e.answerTime()).UnixNano()
 	for id, s := range e.sessions {
-		if s.machine.Pool == poolName && s.idle.Load() && len(s.assign) == 0 && s.ctx.Err() == nil {
+		if s.machine.Pool == poolName && s.idle.Load() && len(s.assign) == 0 && s.ctx.Err() == nil && s.contact.Load() >= since {
 			ids = append(ids, id)
 		}
 	}
+	slices.Sort(ids)
 	return ids
 }
 
@@ -181,10 +185,18 @@ func (s *session) serve(hello *agentv1.Hello) error {
 	if a == nil && hello.GetAttemptId() != "" || a != nil && hello.GetAttemptId() != "" && hello.GetAttemptId() != a.ID {
 		return status.Error(codes.FailedPrecondition, "the attempt is not this machine's")
 	}
-	if p := e.poolNamed(s.machine.Pool); a == nil && (p == nil || p.Host != s.machine.Host) {
+	if s.machine.State == store.MachineProvisioning {
+		e.kickHost(s.machine.Host) // another may boot
+	}
+	p := e.poolNamed(s.machine.Pool)
+	if a == nil && (p == nil || p.Host != s.machine.Host) {
 		// Only an engine with its pool has a job for it: the agent goes on to that
 		// one, which may be just restarting.
 		return status.Error(codes.Unavailable, "this machine waits for a job of a pool that another orchestrator has")
+	}
+	if a == nil && p.made != s.machine.Recipe {
+		e.discard(s.ctx, s.machine, "its pool makes machines from another image, of another size or with another agent by now")
+		return e.rpcError(s.ctx, "attach", store.ErrGone)
 	}
 	welcome := &agentv1.Welcome{}
 	if a != nil {
@@ -215,9 +227,7 @@ func (s *session) serve(hello *agentv1.Hello) error {
 		}
 	} else {
 		s.idle.Store(true)
-		if p := e.poolNamed(s.machine.Pool); p != nil {
-			p.kick.set() // a warm machine is room for a job
-		}
+		p.kick.set() // a warm machine is room for a job
 	}
 	recvErr := make(chan error, 1)
 	go s.receive(recvErr)
@@ -645,6 +655,10 @@ func (e *Engine) verdict(t *store.RunTx, jobID string, f *agentv1.JobFinished) (
 	return store.JobFailed, string(ClassUser), false
 }
 
+// noAnswers is how often a job is tried again, at no cost, after machines that had
+// waited for a job did not answer.
+const noAnswers = 3
+
 // mayRetry reports whether a job has retries of a class left and is still
 // wanted.
 func (e *Engine) mayRetry(t *store.RunTx, jobID string, c Class) bool {
@@ -653,7 +667,8 @@ func (e *Engine) mayRetry(t *store.RunTx, jobID string, c Class) bool {
 	}
 	for _, j := range t.Jobs {
 		if j.ID == jobID {
-			return c == ClassCapacity || decode[map[string]int](j.Retries)[string(c)] < e.cfg.Retries[c]
+			used := decode[map[string]int](j.Retries)[string(c)]
+			return c == ClassCapacity || c == ClassNoAnswer && used < noAnswers || used < e.cfg.Retries[c]
 		}
 	}
 	return false

@@ -64,8 +64,8 @@ func (s AttemptState) Terminal() bool { return s == AttemptFinished || s == Atte
 
 // Class says what kind of failure ended an attempt, and so what becomes of the
 // job: user → failed, timeout → timed_out, cancelled → cancelled; boot,
-// agent_lost, infra and capacity are retried within [Config.Retries], then the
-// job is errored.
+// agent_lost, infra, capacity and no_answer are retried within [Config.Retries],
+// then the job is errored.
 type Class string
 
 // Failure classes.
@@ -77,6 +77,7 @@ const (
 	ClassAgentLost Class = "agent_lost" // the agent was not heard of for its deadline, or its machine is gone
 	ClassInfra     Class = "infra"      // the machine could not be made, or the agent could not do its part
 	ClassCapacity  Class = "capacity"   // the host had no room; retried without limit
+	ClassNoAnswer  Class = "no_answer"  // a warm machine did not take the job; retried beside the limits, the fourth time as agent_lost
 )
 
 // Run is one workflow file at one commit for one event.

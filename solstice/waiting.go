@@ -18,6 +18,7 @@ const (
 	WaitApproval WaitReason = "approval"  // for its run to be approved
 	WaitNoPool   WaitReason = "no_pool"   // no orchestrator that is there serves its label
 	WaitPoolFull WaitReason = "pool_full" // it is next, and the pools for its label have no room
+	WaitBoots    WaitReason = "boots"     // it is next, and its host boots as many machines as it may at once
 	WaitBehind   WaitReason = "behind"    // other jobs come first
 	WaitMachine  WaitReason = "machine"   // the machine of its last attempt has to be destroyed first
 	WaitBoot     WaitReason = "boot"      // its machine boots
@@ -96,15 +97,20 @@ func (e *Engine) waitsForMachine(ctx context.Context, j *store.Job) (Waiting, er
 		return Waiting{}, err
 	}
 	room := 0
-	var use []string
+	var use, boots []string
 	for _, p := range pools {
 		room += max(p.room, 0)
 		use = append(use, fmt.Sprintf("%s at %s has %d of %d machines in use", p.Name, p.Host, p.Machines, p.Capacity))
+		if p.boots != "" {
+			boots = append(boots, p.boots)
+		}
 	}
 	switch {
 	case w.Ahead > 0:
 		w.Reason = WaitBehind
 		w.Message = fmt.Sprintf("behind %s for the label %q; %s", count(w.Ahead, "job"), j.Label, strings.Join(use, ", "))
+	case room == 0 && len(boots) > 0:
+		w.Reason, w.Message = WaitBoots, "it is next: "+strings.Join(boots, ", ")
 	case room == 0:
 		w.Reason, w.Message = WaitPoolFull, "it is next, and there is no room: "+strings.Join(use, ", ")
 	default:

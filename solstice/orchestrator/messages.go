@@ -49,13 +49,14 @@ var classes = names[solstice.Class, pb.FailureClass]{
 	solstice.ClassUser: pb.FailureClass_FAILURE_CLASS_USER, solstice.ClassTimeout: pb.FailureClass_FAILURE_CLASS_TIMEOUT,
 	solstice.ClassCancelled: pb.FailureClass_FAILURE_CLASS_CANCELLED, solstice.ClassBoot: pb.FailureClass_FAILURE_CLASS_BOOT,
 	solstice.ClassAgentLost: pb.FailureClass_FAILURE_CLASS_AGENT_LOST, solstice.ClassInfra: pb.FailureClass_FAILURE_CLASS_INFRA,
-	solstice.ClassCapacity: pb.FailureClass_FAILURE_CLASS_CAPACITY,
+	solstice.ClassCapacity: pb.FailureClass_FAILURE_CLASS_CAPACITY, solstice.ClassNoAnswer: pb.FailureClass_FAILURE_CLASS_NO_ANSWER,
 }
 
 var waitReasons = names[solstice.WaitReason, pb.WaitReason]{
 	solstice.WaitNeeds: pb.WaitReason_WAIT_REASON_NEEDS, solstice.WaitApproval: pb.WaitReason_WAIT_REASON_APPROVAL,
 	solstice.WaitNoPool: pb.WaitReason_WAIT_REASON_NO_POOL, solstice.WaitPoolFull: pb.WaitReason_WAIT_REASON_POOL_FULL,
 	solstice.WaitBehind: pb.WaitReason_WAIT_REASON_BEHIND, solstice.WaitMachine: pb.WaitReason_WAIT_REASON_MACHINE,
+	solstice.WaitBoots: pb.WaitReason_WAIT_REASON_BOOTS,
 	solstice.WaitBoot: pb.WaitReason_WAIT_REASON_BOOT, solstice.WaitClaim: pb.WaitReason_WAIT_REASON_CLAIM,
 }
 
@@ -125,6 +126,7 @@ func poolPB(p solstice.PoolInfo) *pb.Pool {
 	return &pb.Pool{
 		Name: p.Name, Labels: p.Labels, Host: p.Host, Orchestrator: p.Orchestrator, Capacity: int32(p.Capacity), Machines: int32(p.Machines),
 		Busy: int32(p.Busy), Warm: int32(p.Warm), Queued: p.Queued, SeenAt: stamp(p.SeenAt),
+		Ready: int32(p.Ready), Booting: int32(p.Booting), Problem: text(p.Problem),
 	}
 }
 

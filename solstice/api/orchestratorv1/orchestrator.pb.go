@@ -244,6 +244,7 @@ const (
 	FailureClass_FAILURE_CLASS_AGENT_LOST  FailureClass = 5
 	FailureClass_FAILURE_CLASS_INFRA       FailureClass = 6
 	FailureClass_FAILURE_CLASS_CAPACITY    FailureClass = 7
+	FailureClass_FAILURE_CLASS_NO_ANSWER   FailureClass = 8 // of a machine that had waited for a job
 )
 
 // Enum value maps for FailureClass.
@@ -257,6 +258,7 @@ var (
 		5: "FAILURE_CLASS_AGENT_LOST",
 		6: "FAILURE_CLASS_INFRA",
 		7: "FAILURE_CLASS_CAPACITY",
+		8: "FAILURE_CLASS_NO_ANSWER",
 	}
 	FailureClass_value = map[string]int32{
 		"FAILURE_CLASS_UNSPECIFIED": 0,
@@ -267,6 +269,7 @@ var (
 		"FAILURE_CLASS_AGENT_LOST":  5,
 		"FAILURE_CLASS_INFRA":       6,
 		"FAILURE_CLASS_CAPACITY":    7,
+		"FAILURE_CLASS_NO_ANSWER":   8,
 	}
 )
 
@@ -361,6 +364,7 @@ const (
 	WaitReason_WAIT_REASON_MACHINE     WaitReason = 6 // the machine of its last attempt has to be destroyed first
 	WaitReason_WAIT_REASON_BOOT        WaitReason = 7 // its machine boots
 	WaitReason_WAIT_REASON_CLAIM       WaitReason = 8 // there is room: it is about to be taken
+	WaitReason_WAIT_REASON_BOOTS       WaitReason = 9 // its host boots as many machines as it may at once
 )
 
 // Enum value maps for WaitReason.
@@ -375,6 +379,7 @@ var (
 		6: "WAIT_REASON_MACHINE",
 		7: "WAIT_REASON_BOOT",
 		8: "WAIT_REASON_CLAIM",
+		9: "WAIT_REASON_BOOTS",
 	}
 	WaitReason_value = map[string]int32{
 		"WAIT_REASON_UNSPECIFIED": 0,
@@ -386,6 +391,7 @@ var (
 		"WAIT_REASON_MACHINE":     6,
 		"WAIT_REASON_BOOT":        7,
 		"WAIT_REASON_CLAIM":       8,
+		"WAIT_REASON_BOOTS":       9,
 	}
 )
 
@@ -2460,6 +2466,9 @@ type Pool struct {
 	Warm          int32                  `protobuf:"varint,8,opt,name=warm,proto3" json:"warm,omitempty"`                   // to be kept ready
 	Queued        int64                  `protobuf:"varint,9,opt,name=queued,proto3" json:"queued,omitempty"`               // jobs queued for its labels, at most 1000
 	SeenAt        *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=seen_at,json=seenAt,proto3" json:"seen_at,omitempty"` // when its orchestrator was there last
+	Ready         int32                  `protobuf:"varint,11,opt,name=ready,proto3" json:"ready,omitempty"`                // machines waiting for a job
+	Booting       int32                  `protobuf:"varint,12,opt,name=booting,proto3" json:"booting,omitempty"`            // machines
+	Problem       string                 `protobuf:"bytes,13,opt,name=problem,proto3" json:"problem,omitempty"`             // for people: why machines do not come to wait for jobs; empty: they do
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2562,6 +2571,27 @@ func (x *Pool) GetSeenAt() *timestamppb.Timestamp {
 		return x.SeenAt
 	}
 	return nil
+}
+
+func (x *Pool) GetReady() int32 {
+	if x != nil {
+		return x.Ready
+	}
+	return 0
+}
+
+func (x *Pool) GetBooting() int32 {
+	if x != nil {
+		return x.Booting
+	}
+	return 0
+}
+
+func (x *Pool) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
 }
 
 type ListMachinesRequest struct {
@@ -3338,7 +3368,7 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x03run\x18\x01 \x01(\v2\x1d.solstice.orchestrator.v1.RunR\x03run\"\x12\n" +
 	"\x10ListPoolsRequest\"I\n" +
 	"\x11ListPoolsResponse\x124\n" +
-	"\x05pools\x18\x01 \x03(\v2\x1e.solstice.orchestrator.v1.PoolR\x05pools\"\x97\x02\n" +
+	"\x05pools\x18\x01 \x03(\v2\x1e.solstice.orchestrator.v1.PoolR\x05pools\"\xe1\x02\n" +
 	"\x04Pool\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06labels\x18\x02 \x03(\tR\x06labels\x12\x12\n" +
@@ -3350,7 +3380,10 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x04warm\x18\b \x01(\x05R\x04warm\x12\x16\n" +
 	"\x06queued\x18\t \x01(\x03R\x06queued\x123\n" +
 	"\aseen_at\x18\n" +
-	" \x01(\v2\x1a.google.protobuf.TimestampR\x06seenAt\"e\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\x06seenAt\x12\x14\n" +
+	"\x05ready\x18\v \x01(\x05R\x05ready\x12\x18\n" +
+	"\abooting\x18\f \x01(\x05R\abooting\x12\x18\n" +
+	"\aproblem\x18\r \x01(\tR\aproblem\"e\n" +
 	"\x13ListMachinesRequest\x12\x12\n" +
 	"\x04pool\x18\x01 \x01(\tR\x04pool\x12\x1b\n" +
 	"\tpage_size\x18\x02 \x01(\x05R\bpageSize\x12\x1d\n" +
@@ -3426,7 +3459,7 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x16ATTEMPT_STATE_ASSIGNED\x10\x01\x12\x19\n" +
 	"\x15ATTEMPT_STATE_RUNNING\x10\x02\x12\x1a\n" +
 	"\x16ATTEMPT_STATE_FINISHED\x10\x03\x12\x16\n" +
-	"\x12ATTEMPT_STATE_LOST\x10\x04*\xe8\x01\n" +
+	"\x12ATTEMPT_STATE_LOST\x10\x04*\x85\x02\n" +
 	"\fFailureClass\x12\x1d\n" +
 	"\x19FAILURE_CLASS_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12FAILURE_CLASS_USER\x10\x01\x12\x19\n" +
@@ -3435,14 +3468,15 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x12FAILURE_CLASS_BOOT\x10\x04\x12\x1c\n" +
 	"\x18FAILURE_CLASS_AGENT_LOST\x10\x05\x12\x17\n" +
 	"\x13FAILURE_CLASS_INFRA\x10\x06\x12\x1a\n" +
-	"\x16FAILURE_CLASS_CAPACITY\x10\a*K\n" +
+	"\x16FAILURE_CLASS_CAPACITY\x10\a\x12\x1b\n" +
+	"\x17FAILURE_CLASS_NO_ANSWER\x10\b*K\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tROLE_READ\x10\x01\x12\x0e\n" +
 	"\n" +
 	"ROLE_WRITE\x10\x02\x12\x0e\n" +
 	"\n" +
-	"ROLE_ADMIN\x10\x03*\xec\x01\n" +
+	"ROLE_ADMIN\x10\x03*\x83\x02\n" +
 	"\n" +
 	"WaitReason\x12\x1b\n" +
 	"\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x15\n" +
@@ -3453,7 +3487,8 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x12WAIT_REASON_BEHIND\x10\x05\x12\x17\n" +
 	"\x13WAIT_REASON_MACHINE\x10\x06\x12\x14\n" +
 	"\x10WAIT_REASON_BOOT\x10\a\x12\x15\n" +
-	"\x11WAIT_REASON_CLAIM\x10\b2\x9e\v\n" +
+	"\x11WAIT_REASON_CLAIM\x10\b\x12\x15\n" +
+	"\x11WAIT_REASON_BOOTS\x10\t2\x9e\v\n" +
 	"\x13OrchestratorService\x12[\n" +
 	"\x06Submit\x12'.solstice.orchestrator.v1.SubmitRequest\x1a(.solstice.orchestrator.v1.SubmitResponse\x12[\n" +
 	"\x06GetRun\x12'.solstice.orchestrator.v1.GetRunRequest\x1a(.solstice.orchestrator.v1.GetRunResponse\x12a\n" +
