@@ -397,12 +397,8 @@ func (e *Engine) refuseAgent(ctx context.Context, token, why string) error {
 		return err
 	}
 	e.log.WarnContext(ctx, "agent refused", "machine", m.ID, "pool", m.Pool, "reason", why)
-	p := e.poolNamed(m.Pool)
 	if m.AttemptID == "" {
-		e.discard(ctx, m, why)
-		if p != nil {
-			p.refused() // another warm machine would have the same agent
-		}
+		e.warmFailed(ctx, m, why)
 		return nil
 	}
 	a, err := e.store.Attempt(ctx, m.AttemptID)

@@ -37,8 +37,10 @@ func (p *pool) others() []store.PoolRoom {
 			out = append(out, store.PoolRoom{Pool: name, Labels: labels, Capacity: capacity})
 		}
 	}
-	for _, o := range p.e.pools {
-		add(o.Name, o.Labels, o.Host, o.Capacity)
+	if p.e.slotsLeft() > 0 { // else their jobs would not begin here
+		for _, o := range p.e.pools {
+			add(o.Name, o.Labels, o.Host, o.Capacity)
+		}
 	}
 	for _, o := range p.e.fleet.Load().offers {
 		add(o.Name, o.Labels, o.Host, o.Capacity)
