@@ -105,10 +105,14 @@ func testWarmMachineFreezes(t *testing.T, db func(testing.TB) string) {
 type counted struct {
 	vmprovider.Provider
 	made atomic.Int64
+	away atomic.Bool
 }
 
 func (c *counted) Create(ctx context.Context, s vmprovider.Spec) (vmprovider.Instance, error) {
 	c.made.Add(1)
+	if c.away.Load() {
+		return vmprovider.Instance{}, fmt.Errorf("test: %w", vmprovider.ErrUnavailable)
+	}
 	return c.Provider.Create(ctx, s)
 }
 
@@ -126,8 +130,9 @@ func (c *counted) As(target any) bool {
 	return false
 }
 
-// TestWarmBootsFail has machines that stop while they boot: fewer and fewer are
-// made, the pool says why, and once they boot again all is well.
+// TestWarmBootsFail has a provider that is not there, and then machines that stop
+// while they boot: fewer and fewer are made, the pool says why, and once they boot
+// again all is well.
 func TestWarmBootsFail(t *testing.T) { onBoth(t, testWarmBootsFail) }
 
 func testWarmBootsFail(t *testing.T, db func(testing.TB) string) {
@@ -151,6 +156,7 @@ func testWarmBootsFail(t *testing.T, db func(testing.TB) string) {
 		}
 		t.Cleanup(func() { _ = prov.Close() })
 		provider = &counted{Provider: prov}
+		provider.away.Store(true)
 		c.Pools[0].Provider = provider
 	})
 	info := func() (i solstice.PoolInfo) {
@@ -162,6 +168,8 @@ func testWarmBootsFail(t *testing.T, db func(testing.TB) string) {
 		}
 		return i
 	}
+	eventually(t, "the pool says that its provider is away", func() bool { return strings.Contains(info().Problem, "could not be created: test: ") })
+	provider.away.Store(false)
 	eventually(t, "the pool says that it failed, and why", func() bool {
 		made, failures := provider.made.Load(), 0
 		said := info().Problem
@@ -214,9 +222,9 @@ jobs:
 	p.destroyAll(t)
 }
 
-// TestWarmSuccessor: two engines keep the warm machines of a pool together;
-// their successor takes them over, and one whose pool is another by now replaces
-// them before it gives them a job.
+// TestWarmSuccessor: two engines keep the warm machines of a pool together. One
+// is killed and one stops: their successor takes the machines over, and one whose
+// pool is another by now replaces them before they get a job.
 func TestWarmSuccessor(t *testing.T) { onBoth(t, testWarmSuccessor) }
 
 func testWarmSuccessor(t *testing.T, db func(testing.TB) string) {
@@ -227,10 +235,15 @@ func testWarmSuccessor(t *testing.T, db func(testing.TB) string) {
 	at := func(i int, edit ...func(*solstice.Config)) (*solstice.Engine, func()) {
 		return p.start(t, append(edit, func(c *solstice.Config) { c.AgentAddr = addrs[i] })...)
 	}
-	_, stop := at(0)
-	_, stop2 := at(1)
+	victim := p.spawn(t, addrs[0])
+	_, stop := at(1)
 	ids := warmReady(t, p, 3)
-	stop2()
+	if n := machineRows(t, p, ""); n != 3 {
+		t.Errorf("%d machines were made", n)
+	}
+	if err := victim.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
 	stop()
 	eng, stop := at(1)
 	var first solstice.Attempt

@@ -43,6 +43,7 @@ func (c *poolsCmd) Run(e *env) error {
 			pools = append(pools, solstice.PoolInfo{
 				Name: p.GetName(), Labels: p.GetLabels(), Host: p.GetHost(), Orchestrator: p.GetOrchestrator(), Capacity: int(p.GetCapacity()),
 				Machines: int(p.GetMachines()), Busy: int(p.GetBusy()), Warm: int(p.GetWarm()), Queued: p.GetQueued(), SeenAt: timeOf(p.GetSeenAt()),
+				Ready: int(p.GetReady()), Booting: int(p.GetBooting()), Problem: p.GetProblem(),
 			})
 		}
 		if c.JSON {
@@ -51,10 +52,10 @@ func (c *poolsCmd) Run(e *env) error {
 			}{pools})
 		}
 		out, t := c.screen(), table{}
-		out.header(&t, "POOL", "LABELS", "HOST", "MACHINES", "BUSY", "WARM", "QUEUED", "SEEN")
+		out.header(&t, "POOL", "LABELS", "HOST", "MACHINES", "BUSY", "READY", "QUEUED", "SEEN", "PROBLEM")
 		for _, p := range pools {
 			t.row(plain(p.Name), plain(strings.Join(p.Labels, ",")), plain(p.Host), fmt.Sprintf("%d/%d", p.Machines, p.Capacity), fmt.Sprint(p.Busy),
-				fmt.Sprint(p.Warm), fmt.Sprint(p.Queued), age(p.SeenAt, time.Now()))
+				fmt.Sprintf("%d/%d", p.Ready, p.Warm), fmt.Sprint(p.Queued), age(p.SeenAt, time.Now()), plain(p.Problem))
 		}
 		t.print(out, "")
 		return nil

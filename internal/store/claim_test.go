@@ -126,6 +126,68 @@ func TestClaimReadyAndWarm(t *testing.T) {
 	})
 }
 
+func TestWarmOfAnotherRecipe(t *testing.T) {
+	both(t, func(t *testing.T, r *rig) {
+		q := r.request("o1")
+		q.Labels, q.Max, q.Warm, q.Recipe = nil, 0, 2, "old"
+		eq(t, "machines", len(r.claim(q)), 2)
+		eq(t, "enough", len(r.claim(q)), 0)
+		q.Owner, q.Recipe = "o2", "new"
+		eq(t, "of the new recipe", len(r.claim(q)), 2)
+		for recipe, want := range map[string]int{"old": 2, "new": 2, "": 4} {
+			n, err := r.IdleMachines(t.Context(), "host", "pool", recipe)
+			must(t, err)
+			eq(t, "idle of recipe "+recipe, n, want)
+		}
+	})
+}
+
+func TestWarmFailures(t *testing.T) {
+	both(t, func(t *testing.T, r *rig) {
+		q := r.request("o1")
+		q.Labels, q.Max, q.Warm = nil, 0, 3
+		fail := func(c store.Claimed) bool {
+			t.Helper()
+			done, err := r.WarmFailed(t.Context(), c.Machine.ID, "no kernel", 5*time.Second, 12*time.Second)
+			must(t, err)
+			return done
+		}
+		all := r.claim(q)
+		for _, c := range all {
+			eq(t, "failed", fail(c), true)
+		}
+		eq(t, "again", fail(all[0]), false)
+		for i, wait := range []time.Duration{5, 10, 12, 12} {
+			f, err := r.WarmFailures(t.Context())
+			must(t, err)
+			if len(f) != 1 || f[0].Failures != i+1 || f[0].Reason != "no kernel" || f[0].RetryAt-f[0].FailedAt != (wait * time.Second).Microseconds() {
+				t.Fatalf("after %d failures: %+v", i+1, f[0])
+			}
+			eq(t, "too early", len(r.claim(q)), 0)
+			r.pass(wait * time.Second)
+			all = r.claim(q)
+			eq(t, "one is tried", len(all), 1)
+			eq(t, "and no more", len(r.claim(q)), 0)
+			if i < 3 {
+				fail(all[0])
+			}
+		}
+		_, _, _, _, err := r.Attach(t.Context(), all[0].Machine.ID, "o1", time.Minute)
+		must(t, err)
+		f, err := r.WarmFailures(t.Context())
+		must(t, err)
+		eq(t, "failures", len(f), 0)
+		eq(t, "the rest", len(r.claim(q)), 2)
+
+		r.run(nil)
+		q = r.request("o1")
+		q.Ready = []string{all[0].Machine.ID}
+		eq(t, "a job for it", r.claim(q)[0].Machine.ID, all[0].Machine.ID)
+		eq(t, "a machine with a job", fail(all[0]), false)
+		eq(t, "stays", r.machine(all[0].Machine.ID).State, store.MachineBound)
+	})
+}
+
 // Claimers of two pools on one host, each with its own connection pool.
 func TestClaimConcurrently(t *testing.T) {
 	both(t, func(t *testing.T, r *rig) {
