@@ -152,11 +152,11 @@ type Pool struct {
 	// pools and all engines; jobs that wait for that say so, and their deadlines do
 	// not run. Machines for jobs come before those that are to wait for one. 0:
 	// twice the CPUs of the engine's machine, at least 8.
-	HostBoots int
-	Image     vmprovider.Image
-	CPUs         int
-	MemoryBytes  int64
-	DiskBytes    int64
+	HostBoots   int
+	Image       vmprovider.Image
+	CPUs        int
+	MemoryBytes int64
+	DiskBytes   int64
 	// Warm is how many machines to keep booted and enrolled, waiting for a job;
 	// engines that have the pool at the same host keep that many together. They
 	// count as all machines do, and give way when jobs of the host's other pools

@@ -93,7 +93,8 @@ func (e *Engine) attemptOver(a *store.Attempt, trace string) {
 
 // discard gets rid of a machine that has no attempt, or one that is over.
 func (e *Engine) discard(ctx context.Context, m *store.Machine, why string) {
-	done, err := true, error(nil)
+	var err error
+	done := true
 	if m.AttemptID == "" {
 		done, err = e.store.DiscardIdle(ctx, m.ID, why) // unless it has got one since
 	} else {

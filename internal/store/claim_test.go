@@ -157,14 +157,14 @@ func TestWarmFailures(t *testing.T) {
 			eq(t, "failed", fail(c), true)
 		}
 		eq(t, "again", fail(all[0]), false)
-		for i, wait := range []time.Duration{5, 10, 12, 12} {
+		for i, wait := range []time.Duration{5 * time.Second, 10 * time.Second, 12 * time.Second, 12 * time.Second} {
 			f, err := r.WarmFailures(t.Context())
 			must(t, err)
-			if len(f) != 1 || f[0].Failures != i+1 || f[0].Reason != "no kernel" || f[0].RetryAt-f[0].FailedAt != (wait * time.Second).Microseconds() {
+			if len(f) != 1 || f[0].Failures != i+1 || f[0].Reason != "no kernel" || f[0].RetryAt-f[0].FailedAt != wait.Microseconds() {
 				t.Fatalf("after %d failures: %+v", i+1, f[0])
 			}
 			eq(t, "too early", len(r.claim(q)), 0)
-			r.pass(wait * time.Second)
+			r.pass(wait)
 			all = r.claim(q)
 			eq(t, "one is tried", len(all), 1)
 			eq(t, "and no more", len(r.claim(q)), 0)

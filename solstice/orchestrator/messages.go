@@ -57,7 +57,7 @@ var waitReasons = names[solstice.WaitReason, pb.WaitReason]{
 	solstice.WaitNoPool: pb.WaitReason_WAIT_REASON_NO_POOL, solstice.WaitPoolFull: pb.WaitReason_WAIT_REASON_POOL_FULL,
 	solstice.WaitBehind: pb.WaitReason_WAIT_REASON_BEHIND, solstice.WaitMachine: pb.WaitReason_WAIT_REASON_MACHINE,
 	solstice.WaitBoots: pb.WaitReason_WAIT_REASON_BOOTS,
-	solstice.WaitBoot: pb.WaitReason_WAIT_REASON_BOOT, solstice.WaitClaim: pb.WaitReason_WAIT_REASON_CLAIM,
+	solstice.WaitBoot:  pb.WaitReason_WAIT_REASON_BOOT, solstice.WaitClaim: pb.WaitReason_WAIT_REASON_CLAIM,
 }
 
 // stamp is absent for a time that has not come.
