@@ -50,6 +50,7 @@ type entry struct {
 	Host         string        `yaml:"host"`
 	Capacity     int           `yaml:"capacity"`
 	HostCapacity int           `yaml:"host_capacity"`
+	HostBoots    int           `yaml:"host_boots"`
 	Warm         int           `yaml:"warm"`
 	WarmMaxAge   time.Duration `yaml:"warm_max_age"`
 	BootTimeout  time.Duration `yaml:"boot_timeout"`
@@ -228,7 +229,7 @@ func (e *entry) check(c *image.Catalogue) (errs []error) {
 			bad("label %q: want up to 100 of A-Z a-z 0-9 . _ : / -", l)
 		}
 	}
-	if e.Capacity < 0 || e.HostCapacity < 0 || e.Warm < 0 || e.CPUs < 0 || e.WarmMaxAge < 0 || e.BootTimeout < 0 {
+	if e.Capacity < 0 || e.HostCapacity < 0 || e.HostBoots < 0 || e.Warm < 0 || e.CPUs < 0 || e.WarmMaxAge < 0 || e.BootTimeout < 0 {
 		bad("numbers and times are not negative")
 	}
 	kind := e.kind()

@@ -223,16 +223,27 @@ func (s *Set) Pools(at Endpoints) ([]solstice.Pool, error) {
 	var errs []error
 	for _, p := range s.opened {
 		pool := solstice.Pool{
-			Name: p.name, Labels: p.Labels, Provider: p.provider, Host: p.host, Capacity: p.Capacity, HostCapacity: p.HostCapacity,
+			Name: p.name, Labels: p.Labels, Provider: p.provider, Host: p.host,
+			Capacity: p.Capacity, HostCapacity: p.HostCapacity, HostBoots: p.HostBoots,
 			CPUs: cmp.Or(p.CPUs, p.choice.Size.CPUs), MemoryBytes: cmp.Or(int64(p.Memory), p.choice.Size.MemoryBytes),
 			DiskBytes: cmp.Or(int64(p.Disk), p.choice.Size.DiskBytes),
 			Warm:      p.Warm, WarmMaxAge: p.WarmMaxAge, Boot: p.BootTimeout, Contacts: p.Contacts, RunnerURL: p.RunnerURL,
 		}
-		if p.ImageFile != "" {
+		switch {
+		case p.ImageFile != "":
 			pool.Image = vmprovider.Image{Path: p.ImageFile, Format: p.ImageFormat}
+		case p.Image != "": // its path comes from the store
+			pool.Image = vmprovider.Image{Digest: "sha256:" + p.choice.Image.SHA256, Format: p.choice.Image.Format}
 		}
-		if p.kind() != "process" {
+		if m, ok := p.provider.(*machines); ok {
 			errs = append(errs, p.reach(&pool, at))
+			if m.agents != nil { // by which warm machines of an older agent are told
+				sums, err := m.agents.Sums()
+				if err != nil {
+					errs = append(errs, fmt.Errorf("agents for guests: %w", err))
+				}
+				pool.AgentSHA256 = sums
+			}
 		}
 		out = append(out, pool)
 	}

@@ -107,7 +107,8 @@ pools:
 		t.Fatal(err)
 	}
 	p := pools[0]
-	if p.Name != "vms" || p.CPUs != 2 || p.MemoryBytes != 1<<30 || p.Warm != 1 || p.Contacts[0] != "10.1.1.1:7" || p.RunnerURL != "http://10.1.1.1:8/runner" {
+	if p.Name != "vms" || p.CPUs != 2 || p.MemoryBytes != 1<<30 || p.Warm != 1 || p.Contacts[0] != "10.1.1.1:7" || p.RunnerURL != "http://10.1.1.1:8/runner" ||
+		p.Image.Digest != "sha256:"+imageSum || p.AgentSHA256["linux/amd64"] != agentSum {
 		t.Errorf("pool %+v", p)
 	}
 	prepare, ok := vmprovider.As[vmprovider.ImagePreparer](p.Provider)
@@ -194,7 +195,7 @@ func TestReach(t *testing.T) {
 		"loopback, another network":     {"", local, []string{"127.0.0.1:52", "localhost:52"}, "error"},
 		"other contacts, other network": {"", local, []string{"192.168.1.5:52"}, ""},
 	} {
-		p := &opened{entry: &entry{name: "vms", Provider: "libvirt"}, provider: memvm.New(memvm.Config{}), gateway: c.gateway, on: net.IP.IsLoopback}
+		p := &opened{entry: &entry{name: "vms", Provider: "libvirt"}, provider: &machines{Provider: memvm.New(memvm.Config{})}, gateway: c.gateway, on: net.IP.IsLoopback}
 		pools, err := (&Set{opened: []*opened{p}}).Pools(Endpoints{Agents: c.agents, Runner: c.agents, Contacts: c.contacts, RunnerURL: "http://" + c.contacts[0] + "/runner"})
 		switch {
 		case c.want == "error":
