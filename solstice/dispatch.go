@@ -33,6 +33,7 @@ type pool struct {
 	pauseUntil time.Time // after the provider refused
 	pause      time.Duration
 	warmAt     time.Time // not before: a job was just taken
+	problem    string    // why no job is taken yet
 }
 
 // warmDelay is how long new warm machines wait for the jobs that used up the

@@ -17,6 +17,8 @@ func (p *pool) prepare(ctx context.Context) bool {
 	if !ok {
 		return true
 	}
+	p.notPrepared("its image is being made ready")
+	defer p.notPrepared("")
 	retry := backoff.NewExponentialBackOff()
 	retry.InitialInterval, retry.MaxInterval = time.Second, time.Minute
 	for began := time.Now(); ; {
@@ -26,6 +28,7 @@ func (p *pool) prepare(ctx context.Context) bool {
 			return true
 		}
 		wait := retry.NextBackOff()
+		p.notPrepared("its image is not ready: " + err.Error())
 		p.e.log.WarnContext(ctx, "image not ready, the pool takes no jobs", "pool", p.Name, "error", err, "again_in", wait)
 		select {
 		case <-ctx.Done():
@@ -33,4 +36,17 @@ func (p *pool) prepare(ctx context.Context) bool {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// notPrepared notes why the pool takes no jobs yet, for the next beat.
+func (p *pool) notPrepared(why string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.problem = why
+}
+
+func (p *pool) unprepared() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.problem
 }

@@ -3,6 +3,7 @@ package solstice_test
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -53,6 +54,10 @@ func TestImageFirst(t *testing.T) {
 	if err != nil || now.State != solstice.JobQueued {
 		t.Errorf("without its image the job is %s, %v", now.State, err)
 	}
+	eventually(t, "it says why", func() bool {
+		w, err := eng.Waiting(t.Context(), r.Jobs[1].ID)
+		return err == nil && w.Reason == solstice.WaitPoolFull && strings.Contains(w.Message, "other at test: its image is not ready: the download broke off")
+	})
 	d.ended <- nil
 	finishWithin(t, eng, r.ID, time.Minute)
 }

@@ -25,6 +25,7 @@ type offer struct {
 	HostCapacity int      `json:"host_capacity"`
 	HostBoots    int      `json:"host_boots,omitempty"`
 	Warm         int      `json:"warm"`
+	Problem      string   `json:"problem,omitempty"` // why it takes no jobs
 }
 
 // beat records that this engine is there, and what it offers. A draining one
@@ -36,7 +37,7 @@ func (e *Engine) beat(ctx context.Context) {
 	e.mu.Unlock()
 	if !draining {
 		for _, p := range e.pools {
-			offers = append(offers, offer{p.Name, p.Labels, p.Host, p.Capacity, p.HostCapacity, p.HostBoots, p.Warm})
+			offers = append(offers, offer{p.Name, p.Labels, p.Host, p.Capacity, p.HostCapacity, p.HostBoots, p.Warm, p.unprepared()})
 		}
 	}
 	o := store.Orchestrator{
@@ -142,8 +143,8 @@ type PoolInfo struct {
 	Booting      int       `json:"booting"`  // for a job or to wait for one
 	Queued       int64     `json:"queued"`   // jobs queued for its labels, at most 1000
 	SeenAt       time.Time `json:"seen_at"`  // when its orchestrator was there last
-	// Problem says for people why machines do not come to wait for jobs; empty:
-	// they do.
+	// Problem says for people why no machines are made, or why none come to wait for
+	// jobs; empty: they do.
 	Problem string `json:"problem,omitempty"`
 
 	room  int    // jobs that it could begin now
@@ -224,6 +225,9 @@ func (e *Engine) poolInfos(ctx context.Context, label string) ([]PoolInfo, error
 				p.room = 0
 			}
 			p.room = min(p.Ready+max(p.room, 0), row.Slots-busy[row.ID])
+			if o.Problem != "" {
+				p.Problem, p.room = o.Problem, 0
+			}
 			out = append(out, p)
 		}
 	}

@@ -101,6 +101,9 @@ func (e *Engine) waitsForMachine(ctx context.Context, j *store.Job) (Waiting, er
 	for _, p := range pools {
 		room += max(p.room, 0)
 		use = append(use, fmt.Sprintf("%s at %s has %d of %d machines in use", p.Name, p.Host, p.Machines, p.Capacity))
+		if p.Problem != "" && p.room <= 0 {
+			use[len(use)-1] = fmt.Sprintf("%s at %s: %s", p.Name, p.Host, p.Problem)
+		}
 		if p.boots != "" {
 			boots = append(boots, p.boots)
 		}
