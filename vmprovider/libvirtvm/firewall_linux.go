@@ -197,7 +197,7 @@ func (c chain) drop(matches ...match) { c.rule(&expr.Verdict{Kind: expr.VerdictD
 // dropped is dropped.
 func (i *Isolation) packets(c *nftables.Conn, t *nftables.Table) {
 	bridge := name(i.Bridge)
-	from, notFrom := meta(expr.MetaKeyIIFNAME, expr.CmpOpEq, bridge), meta(expr.MetaKeyIIFNAME, expr.CmpOpNeq, bridge)
+	notFrom := meta(expr.MetaKeyIIFNAME, expr.CmpOpNeq, bridge)
 	onto, notOnto := meta(expr.MetaKeyOIFNAME, expr.CmpOpEq, bridge), meta(expr.MetaKeyOIFNAME, expr.CmpOpNeq, bridge)
 
 	first := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, chainSources)
@@ -221,10 +221,9 @@ func (i *Isolation) packets(c *nftables.Conn, t *nftables.Table) {
 
 	beyond := newChain(c, t, nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, chainBeyond)
 	beyond.accept(notFrom, notOnto)
-	beyond.drop(from, onto) // from machine to machine, by way of the host
 	beyond.accept(related)
 	beyond.accept(onto, answer)
-	beyond.drop(onto)
+	beyond.drop(onto) // also from machine to machine, by way of the host
 	for _, a := range i.Allow {
 		if a.To.IsSingleIP() {
 			beyond.accept(ipv4, to(a))

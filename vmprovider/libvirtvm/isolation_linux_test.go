@@ -41,7 +41,9 @@ ip route add 10.99.0.128/25 via 10.99.0.1
 printf '#!/bin/sh\necho machine\n' >/run/answer
 chmod +x /run/answer
 nc -ll -p 7000 -e /run/answer &
-until nc 127.0.0.1 7000 </dev/null | grep -q machine; do sleep 0.1; done
+for addr in 127.0.0.1 fd00:99::3; do
+	until nc $addr 7000 </dev/null | grep -q machine; do sleep 0.1; done
+done
 echo "target: listens"
 wait
 `
