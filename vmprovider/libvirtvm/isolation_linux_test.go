@@ -164,6 +164,7 @@ func rig(t *testing.T) {
 // TestIsolated: what a machine reaches is what is listed, while the rules are
 // there.
 func TestIsolated(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	if !testenv.OwnNetwork(t) {
 		return
 	}

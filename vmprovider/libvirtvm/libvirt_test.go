@@ -73,6 +73,7 @@ func provider(t vmprovidertest.T, cfg Config) *Provider {
 
 // TestConformance: real machines of a real libvirtd.
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	s := testenv.StartLibvirt(t)
 	dir := t.TempDir()
 	with := func(code []byte) func(t vmprovidertest.T, spec *vmprovider.Spec) {
