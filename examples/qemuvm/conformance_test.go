@@ -94,7 +94,7 @@ func (h *host) harness(open func(vmprovidertest.T) vmprovider.Provider) vmprovid
 func (h *host) complete(s *vmprovider.Spec, code []byte) {
 	h.t.Helper()
 	s.Image = vmprovider.Image{Path: image(h.t, h.images, code), Format: "raw"}
-	s.Bootstrap = bootstrap()
+	s.Bootstrap = bootstrap(h.t, h.images)
 }
 
 // empty asserts that no part of any machine is left: no directory, and so no process,

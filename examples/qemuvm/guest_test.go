@@ -9,9 +9,12 @@ import (
 	"encoding/pem"
 	"errors"
 	"math/big"
+	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
@@ -55,16 +58,46 @@ func image(t *testing.T, dir string, code []byte) string {
 	return f.Name()
 }
 
-// bootstrap is one that a seed can be made of.
-func bootstrap() vmprovider.Bootstrap {
-	_, key, _ := ed25519.GenerateKey(rand.Reader)
-	ca := &x509.Certificate{SerialNumber: big.NewInt(1)}
-	der, err := x509.CreateCertificate(rand.Reader, ca, ca, key.Public(), key)
+// certificate writes one that is its own authority, for this host, and its key.
+func certificate(t *testing.T, dir string) (cert, key string) {
+	t.Helper()
+	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
-		panic(err)
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(kind string, b []byte) string {
+		f := filepath.Join(dir, kind)
+		if err := os.WriteFile(f, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: b}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	return write("CERTIFICATE", der), write("PRIVATE KEY", pkcs8)
+}
+
+// bootstrap is one that a seed can be made of.
+func bootstrap(t *testing.T, dir string) vmprovider.Bootstrap {
+	t.Helper()
+	cert, _ := certificate(t, dir)
+	ca, err := os.ReadFile(cert)
+	if err != nil {
+		t.Fatal(err)
 	}
 	return vmprovider.Bootstrap{
-		Contacts: []string{"10.0.2.2:50052"}, CA: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), Token: "secret",
+		Contacts: []string{"10.0.2.2:50052"}, CA: ca, Token: "secret",
 		RunnerURL: "http://10.0.2.2:50053/runner", AgentSHA256: map[string]string{"linux/amd64": strings.Repeat("0", 64)},
 		Hostname: "guest", InstanceID: "guest",
 	}

@@ -5,9 +5,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +18,7 @@ import (
 	"testing"
 
 	"github.com/solstice-ci/solstice-go/vmprovider"
+	"github.com/solstice-ci/solstice-go/vmprovider/remotevm"
 )
 
 // First arguments that make the test's program another one.
@@ -195,6 +199,48 @@ func (h *host) signal(id string, s syscall.Signal) {
 	}
 	if err := syscall.Kill(pid, s); err != nil {
 		h.t.Fatal(err)
+	}
+}
+
+// TestTLS: over TCP the plugin serves who has a certificate of the authority.
+func TestTLS(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	cert, key := certificate(t, h.images)
+	pair, err := tls.LoadX509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(pair.Leaf)
+	l, err := net.Listen("tcp", "127.0.0.1:0") // an address that is free
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := l.Addr().String()
+	_ = l.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- run(ctx, []string{
+			"--listen", at, "--root", h.cfg.Root, "--accelerator", "tcg", "--tls-cert", cert, "--tls-key", key, "--tls-ca", cert,
+		}, os.Stdin)
+	}()
+	p, err := remotevm.Open(t.Context(), remotevm.Config{Target: at, TLS: &tls.Config{
+		Certificates: []tls.Certificate{pair}, RootCAs: roots, MinVersion: tls.VersionTLS13,
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Get(t.Context(), "m"); !errors.Is(err, vmprovider.ErrNotFound) {
+		t.Errorf("Get: %v", err)
+	}
+	cancel()
+	if err := errors.Join(p.Close(), <-ended); err != nil {
+		t.Error(err)
+	}
+	if err := run(t.Context(), []string{"--listen", at, "--root", h.cfg.Root, "--accelerator", "tcg"}, os.Stdin); !errors.Is(err, vmprovider.ErrInvalid) {
+		t.Errorf("TCP without TLS: %v", err)
 	}
 }
 
