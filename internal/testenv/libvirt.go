@@ -233,3 +233,55 @@ func (s *LibvirtServer) SignalGuest(t testing.TB, name string, sig syscall.Signa
 	t.Helper()
 	s.signal(t, sig, filepath.Join(s.dir, "run/libvirt/qemu", name+".pid"))
 }
+
+// Guests are the names of the domains that have a QEMU process, whatever libvirtd
+// knows of it.
+func (s *LibvirtServer) Guests(t testing.TB) []string {
+	t.Helper()
+	argv, err := s.inside("sh", "-c", `cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' | sed -n 's/^guest=\([^,]*\),.*/\1/p'`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(argv[0], argv[1:]...).Output()
+	if err != nil {
+		t.Fatalf("QEMU processes: %v", err)
+	}
+	return strings.Fields(string(out))
+}
+
+// Foreign names the domain and the volume of Foreigners.
+const Foreign = "sol-foreign"
+
+// Foreigners makes a domain that runs and a volume, both of somebody else, and
+// gives what fails the test when they are not as they were.
+func (s *LibvirtServer) Foreigners(t testing.TB) (untouched func(testing.TB)) {
+	t.Helper()
+	file := filepath.Join(s.dir, "foreign.xml")
+	xml := `<domain type="qemu"><name>` + Foreign + `</name><memory unit="MiB">16</memory><os><type arch="x86_64">hvm</type></os></domain>`
+	if err := os.WriteFile(file, []byte(xml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Virsh(t, "define", file)
+	s.Virsh(t, "start", Foreign)
+	s.Virsh(t, "vol-create-as", s.Pool, Foreign, "1M")
+	look := func(t testing.TB) string {
+		t.Helper()
+		pid, err := os.ReadFile(filepath.Join(s.dir, "run/libvirt/qemu", Foreign+".pid"))
+		if err != nil {
+			t.Error(err)
+		}
+		info, err := os.Stat(filepath.Join(s.PoolPath, Foreign))
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		return fmt.Sprintf("%s%s%s%d bytes of %s", s.Virsh(t, "domstate", Foreign), s.Virsh(t, "domuuid", Foreign), pid, info.Size(), info.ModTime())
+	}
+	before := look(t)
+	return func(t testing.TB) {
+		t.Helper()
+		if now := look(t); now != before {
+			t.Errorf("what is another's was\n%s\nand is\n%s", before, now)
+		}
+	}
+}
