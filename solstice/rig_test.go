@@ -46,6 +46,13 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if len(os.Args) > 2 && os.Args[1] == pluginArg {
+		if err := pluginMain(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if len(os.Args) == 3 && os.Args[1] == engineArg {
 		if err := engineMain(os.Args[2]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -72,6 +79,7 @@ type plant struct {
 	Broker   string // AMQP URL of the queue; empty: in the database
 	Host     string // of the pool; empty: "test". Its machines have a directory of their own
 	Quiet    bool   // an engine of its own process logs nothing below a warning
+	Guests   *guests
 }
 
 // quick are clocks for tests: everything that waits for one is short.
@@ -191,12 +199,22 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 	if p.Handover != "" {
 		provider = handover{memvm.New(memvm.Config{}), p.Handover}
 	}
+	if p.Guests != nil {
+		if provider, err = p.Guests.open(ctx); err != nil {
+			return fail(err)
+		}
+		closers = append(closers, provider.Close)
+	}
 	tls := &solstice.AgentTLS{GetCertificate: ca.ServerConfig().GetCertificate, CA: ca.PEM()}
-	return solstice.Config{
+	cfg := solstice.Config{
 		DB: db, Queue: q, Blobs: blobs, Logger: log, AgentTLS: tls, Contacts: p.Contacts, Timing: p.Timing, LocalAgents: local,
 		Forges: map[string]forge.Forge{"local": repo}, MaxConcurrency: p.Capacity, LogBytes: p.LogBytes, CancelGrace: p.Grace,
 		Pools: []solstice.Pool{{Labels: []string{"host"}, Provider: provider, Host: cmp.Or(p.Host, "test"), Capacity: p.Capacity, Warm: p.Warm}},
-	}, done, nil
+	}
+	if p.Guests != nil {
+		p.Guests.serve(&cfg.Pools[0])
+	}
+	return cfg, done, nil
 }
 
 // start runs an engine in this process until the returned function is called

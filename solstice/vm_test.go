@@ -17,8 +17,6 @@ import (
 
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/solstice"
-	"github.com/solstice-ci/solstice-go/vmprovider"
-	"github.com/solstice-ci/solstice-go/vmprovider/libvirtvm"
 )
 
 // guestAgent builds the agent for the mini guest, and gives what serves it.
@@ -38,33 +36,46 @@ func guestAgent(t *testing.T) (file, sum string) {
 	return file, hex.EncodeToString(s[:])
 }
 
+// guestsOn are mini guests of a libvirtd, whose engine listens at addr, and which
+// fetch their agent, and whatever else there is on web, from this process.
+func guestsOn(t *testing.T, s *testenv.LibvirtServer, web *http.ServeMux, addr string) *guests {
+	t.Helper()
+	file, sum := guestAgent(t)
+	web.HandleFunc("/runner/", func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, file) })
+	srv := httptest.NewServer(web)
+	t.Cleanup(srv.Close)
+	return &guests{
+		URI: s.URI, Storage: s.Pool, StoragePath: s.PoolPath, Image: testenv.MiniGuest(t),
+		Contact: fromGuest(t, addr), RunnerURL: "http://" + fromGuest(t, srv.Listener.Addr().String()) + "/runner", SHA256: sum,
+	}
+}
+
+// fromGuest is how a guest with user networking reaches an address of this host's
+// loopback.
+func fromGuest(t *testing.T, addr string) string {
+	t.Helper()
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "10.0.2.2:" + port
+}
+
 // inGuests makes the plant's only pool one of virtual machines, which boot the
 // mini guest and reach this host at 10.0.2.2.
 func inGuests(t *testing.T) (edit func(*solstice.Config), server *testenv.LibvirtServer) {
 	t.Helper()
 	server = testenv.StartLibvirt(t)
-	vms, err := libvirtvm.New(t.Context(), libvirtvm.Config{
-		URI: server.URI, Accelerator: libvirtvm.TCG, StoragePool: server.Pool,
-		Network: libvirtvm.Network{Type: libvirtvm.NetworkUser}, MemoryBytes: 256 << 20,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = vms.Close() })
-	file, sum := guestAgent(t)
-	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, file) }))
-	t.Cleanup(web.Close)
-	seen := func(addr net.Addr) string {
-		_, port, err := net.SplitHostPort(addr.String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return "10.0.2.2:" + port
-	}
 	agents, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	g := guestsOn(t, server, http.NewServeMux(), agents.Addr().String())
+	vms, err := g.open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = vms.Close() })
 	return func(c *solstice.Config) {
 		c.AgentListener = agents
 		c.Timing = solstice.Timing{
@@ -72,10 +83,8 @@ func inGuests(t *testing.T) (edit func(*solstice.Config), server *testenv.Libvir
 			Heartbeat: time.Second, Tick: time.Second, Boot: 2 * time.Minute,
 		}
 		pool := &c.Pools[0]
-		pool.Provider, pool.Image = vms, vmprovider.Image{Path: testenv.MiniGuest(t), Format: "qcow2"}
-		pool.Contacts, pool.RunnerURL = []string{seen(agents.Addr())}, "http://"+seen(web.Listener.Addr())+"/runner"
-		pool.AgentSHA256 = map[string]string{"linux/amd64": sum}
-		pool.Capacity = 2
+		pool.Provider, pool.Capacity = vms, 2
+		g.serve(pool)
 	}, server
 }
 

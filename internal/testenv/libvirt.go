@@ -165,14 +165,39 @@ func (s *LibvirtServer) Virsh(t testing.TB, args ...string) string {
 // FillPool puts a file system without room in the pool's place.
 func (s *LibvirtServer) FillPool(t testing.TB) {
 	t.Helper()
-	script := `mount -t tmpfs -o size=16k full "$1" && ! dd if=/dev/zero of="$1/filler" bs=4k 2>/dev/null`
-	argv, err := s.inside("sh", "-c", script, "sh", s.PoolPath)
-	if err == nil {
-		err = exec.Command(argv[0], argv[1:]...).Run()
+	s.run(t, `mount -t tmpfs -o size=16k full "$1" && ! dd if=/dev/zero of="$1/filler" bs=4k 2>/dev/null`, s.PoolPath)
+}
+
+// FullPool makes another storage pool, on a file system that has no room until
+// makeRoom is called.
+func (s *LibvirtServer) FullPool(t testing.TB, pool string) (makeRoom func(testing.TB)) {
+	t.Helper()
+	dir := filepath.Join(s.dir, pool)
+	s.run(t, `mkdir "$1" && mount -t tmpfs -o size=64m full "$1" && ! dd if=/dev/zero of="$1/filler" bs=1M 2>/dev/null`, dir)
+	s.Virsh(t, "pool-define-as", pool, "dir", "--target", dir)
+	s.Virsh(t, "pool-autostart", pool)
+	s.Virsh(t, "pool-start", pool)
+	return func(t testing.TB) {
+		t.Helper()
+		s.run(t, `rm "$1/filler"`, dir)
 	}
+}
+
+// run runs a shell script in the namespaces.
+func (s *LibvirtServer) run(t testing.TB, script string, args ...string) string {
+	t.Helper()
+	argv, err := s.inside(append([]string{"sh", "-c", script, "sh"}, args...)...)
 	if err != nil {
-		t.Fatalf("fill the pool: %v", err)
+		t.Fatal(err)
 	}
+	cmd := exec.Command(argv[0], argv[1:]...)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v: %s", script, err, said.Bytes())
+	}
+	return string(out)
 }
 
 // signal reaches a process by its pid in the namespace.
@@ -182,16 +207,7 @@ func (s *LibvirtServer) signal(t testing.TB, sig syscall.Signal, pidFile string)
 	if err != nil {
 		t.Fatal(err)
 	}
-	argv, err := s.inside("kill", "-"+strconv.Itoa(int(sig)), strconv.Itoa(pid))
-	if err == nil {
-		var out []byte
-		if out, err = exec.Command(argv[0], argv[1:]...).CombinedOutput(); err != nil {
-			err = fmt.Errorf("%w: %s", err, out)
-		}
-	}
-	if err != nil {
-		t.Fatalf("signal %v to %s: %v", sig, filepath.Base(pidFile), err)
-	}
+	s.run(t, `kill "-$1" "$2"`, strconv.Itoa(int(sig)), strconv.Itoa(pid))
 }
 
 // Kill ends libvirtd as a crash would; guests run on.
@@ -238,15 +254,7 @@ func (s *LibvirtServer) SignalGuest(t testing.TB, name string, sig syscall.Signa
 // knows of it.
 func (s *LibvirtServer) Guests(t testing.TB) []string {
 	t.Helper()
-	argv, err := s.inside("sh", "-c", `cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' | sed -n 's/^guest=\([^,]*\),.*/\1/p'`)
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := exec.Command(argv[0], argv[1:]...).Output()
-	if err != nil {
-		t.Fatalf("QEMU processes: %v", err)
-	}
-	return strings.Fields(string(out))
+	return strings.Fields(s.run(t, `cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' | sed -n 's/^guest=\([^,]*\),.*/\1/p'`))
 }
 
 // Foreign names the domain and the volume of Foreigners.
