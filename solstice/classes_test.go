@@ -42,7 +42,10 @@ func testFailureClasses(t *testing.T, db func(testing.TB) string) {
 		{class: solstice.ClassCancelled, state: solstice.JobCancelled, attempts: 1, run: "touch begun; sleep 600", reason: "not needed", cancel: true},
 		{
 			class: solstice.ClassBoot, state: solstice.JobErrored, attempts: 3, run: "true", reason: "did not attach in time", console: "no kernel for you",
-			boot: time.Second, with: scripted(memvm.Script{Hang: true, Console: "no kernel for you\n"}),
+			boot: time.Second, with: func(t *testing.T, c *solstice.Config) {
+				scripted(memvm.Script{Hang: true, Console: "no kernel for you\n"})(t, c)
+				c.Pools[0].Provider = unlisted{c.Pools[0].Provider} // deadlines do not wait for it
+			},
 		},
 		{class: solstice.ClassAgentLost, state: solstice.JobErrored, attempts: 2, run: "kill -9 $PPID; sleep 600", reason: "machine"},
 		{

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -26,6 +27,8 @@ type pool struct {
 	made string // its recipe
 
 	silent map[string]suspect // the sweep's: machines that wait, whose agents seem dead
+
+	sweeping atomic.Bool
 
 	mu         sync.Mutex
 	creating   map[string]context.CancelFunc // machines whose Create runs here

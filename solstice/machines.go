@@ -221,6 +221,9 @@ func (p *pool) stopped(ctx context.Context, id, reason string) {
 		}
 		return
 	}
+	if m.Pool != p.Name {
+		return // another pool has this hypervisor too, and knows where the console is
+	}
 	why := "its machine stopped"
 	if reason != "" {
 		why += ": " + reason

@@ -202,9 +202,7 @@ func (r *reaper) sweep(ctx context.Context) error {
 		e.wake(labels)
 	}
 	for _, p := range e.pools {
-		if err := p.sweep(ctx); err != nil && ctx.Err() == nil {
-			e.log.WarnContext(ctx, "machines not swept", "pool", p.Name, "error", err)
-		}
+		p.sweepAside(ctx)
 	}
 	return nil
 }
@@ -254,6 +252,25 @@ func (e *Engine) bootFailed(ctx context.Context, m *store.Machine) {
 		return
 	}
 	e.lose(ctx, a, ClassBoot, "its machine's agent did not attach in time", console)
+}
+
+// sweepTimeout bounds one look at all machines of a provider.
+const sweepTimeout = 2 * time.Minute
+
+// sweepAside sweeps unless that is going on: deadlines do not wait for a provider
+// that is slow, or that never answers.
+func (p *pool) sweepAside(ctx context.Context) {
+	if !p.sweeping.CompareAndSwap(false, true) {
+		return
+	}
+	p.e.background(func() {
+		defer p.sweeping.Store(false)
+		bounded, cancel := context.WithTimeout(ctx, sweepTimeout)
+		defer cancel()
+		if err := p.sweep(bounded); err != nil && ctx.Err() == nil {
+			p.e.log.WarnContext(ctx, "machines not swept", "pool", p.Name, "error", err)
+		}
+	})
 }
 
 // sweep compares the hypervisor's machines with the rows, both ways. One engine

@@ -3,6 +3,7 @@ package solstice_test
 import (
 	"context"
 	"fmt"
+	"iter"
 	"sync"
 
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -33,4 +34,23 @@ func (f *fullOnce) Create(ctx context.Context, s vmprovider.Spec) (vmprovider.In
 		return vmprovider.Instance{}, fmt.Errorf("test: %w", vmprovider.ErrCapacity)
 	}
 	return f.Provider.Create(ctx, s)
+}
+
+// unlisted is a provider that does not say in any time what machines there are.
+type unlisted struct{ vmprovider.Provider }
+
+// As lets the consoles through.
+func (u unlisted) As(target any) bool {
+	if c, ok := target.(*vmprovider.Consoler); ok {
+		*c, ok = vmprovider.As[vmprovider.Consoler](u.Provider)
+		return ok
+	}
+	return false
+}
+
+func (unlisted) List(ctx context.Context, _ vmprovider.ListOptions) iter.Seq2[vmprovider.Instance, error] {
+	return func(yield func(vmprovider.Instance, error) bool) {
+		<-ctx.Done()
+		yield(vmprovider.Instance{}, ctx.Err())
+	}
 }
