@@ -162,6 +162,16 @@ func (s *LibvirtServer) Virsh(t testing.TB, args ...string) string {
 	return out
 }
 
+// Messages are libvirtd's warnings and errors.
+func (s *LibvirtServer) Messages(t testing.TB) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(s.dir, "messages.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
 // FillPool puts a file system without room in the pool's place.
 func (s *LibvirtServer) FillPool(t testing.TB) {
 	t.Helper()

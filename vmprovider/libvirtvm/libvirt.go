@@ -18,6 +18,11 @@ const (
 	keepAliveCount   = 3
 )
 
+// concurrent calls are made over a connection at most: where as many wait for an
+// answer as libvirtd allows (max_client_requests, 5), it reads nothing more from
+// it, keepalives neither, and the connection counts as lost.
+const concurrent = 4
+
 // events runs libvirt's event loop, of which a process has one, for ever.
 var events = sync.OnceValue(func() error {
 	if err := libvirt.EventRegisterDefaultImpl(); err != nil {
@@ -39,6 +44,7 @@ type connection struct {
 	// for it any more, and libvirt must not lose the connection under it.
 	calls  sync.RWMutex
 	closed bool
+	slots  chan struct{}
 }
 
 func dial(uri string) (hypervisor, error) {
@@ -49,7 +55,7 @@ func dial(uri string) (hypervisor, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errLost, err)
 	}
-	h := &connection{c: c, lost: make(chan struct{})}
+	h := &connection{c: c, lost: make(chan struct{}), slots: make(chan struct{}, concurrent)}
 	if err := c.RegisterCloseCallback(func(*libvirt.Connect, libvirt.ConnectCloseReason) { h.once.Do(func() { close(h.lost) }) }); err != nil && !unsupported(err) {
 		h.Close()
 		return nil, named(err)
@@ -112,21 +118,27 @@ func (h *connection) Close() {
 	}()
 }
 
-// enter is the start of each call.
+// enter is the start of each call, leave its end.
 func (h *connection) enter() error {
+	h.slots <- struct{}{}
 	h.calls.RLock()
 	if h.closed {
-		h.calls.RUnlock()
+		h.leave()
 		return errLost
 	}
 	return nil
+}
+
+func (h *connection) leave() {
+	h.calls.RUnlock()
+	<-h.slots
 }
 
 func (h *connection) Hostname() (string, error) {
 	if err := h.enter(); err != nil {
 		return "", err
 	}
-	defer h.calls.RUnlock()
+	defer h.leave()
 	name, err := h.c.GetHostname()
 	return name, named(err)
 }
@@ -135,7 +147,7 @@ func (h *connection) DefineDomain(xml string) error {
 	if err := h.enter(); err != nil {
 		return err
 	}
-	defer h.calls.RUnlock()
+	defer h.leave()
 	d, err := h.c.DomainDefineXMLFlags(xml, 0)
 	if code(err) == libvirt.ERR_OPERATION_FAILED && strings.Contains(err.Error(), "already exists with uuid") {
 		return fmt.Errorf("%w: %w", errExists, err)
@@ -151,7 +163,7 @@ func (h *connection) with(name string, f func(d *libvirt.Domain) error) error {
 	if err := h.enter(); err != nil {
 		return err
 	}
-	defer h.calls.RUnlock()
+	defer h.leave()
 	d, err := h.c.LookupDomainByName(name)
 	if err != nil {
 		return named(err)
@@ -202,7 +214,7 @@ func (h *connection) Domains() ([]domain, error) {
 	if err := h.enter(); err != nil {
 		return nil, err
 	}
-	defer h.calls.RUnlock()
+	defer h.leave()
 	all, err := h.c.ListAllDomains(0)
 	if err != nil {
 		return nil, named(err)
@@ -250,7 +262,7 @@ func (h *connection) in(pool string, f func(p *libvirt.StoragePool) error) error
 	if err := h.enter(); err != nil {
 		return err
 	}
-	defer h.calls.RUnlock()
+	defer h.leave()
 	p, err := h.c.LookupStoragePoolByName(pool)
 	if err != nil {
 		return named(err)
@@ -386,7 +398,7 @@ func (h *connection) Changes(f func(name string)) error {
 	if err := h.enter(); err != nil {
 		return err
 	}
-	defer h.calls.RUnlock()
+	defer h.leave()
 	_, err := h.c.DomainEventLifecycleRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, _ *libvirt.DomainEventLifecycle) {
 		if name, err := d.GetName(); err == nil {
 			f(name)

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -422,6 +423,29 @@ func TestPoolFull(t *testing.T) {
 		t.Errorf("Create: %v", err)
 	}
 	nothing(t, s, p)
+}
+
+// TestManyAtOnce: as many machines at once as anybody likes cost no connection.
+func TestManyAtOnce(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	p := provider(t, config(s))
+	t.Cleanup(func() { _ = p.Close() })
+	img := image(t, t.TempDir(), halt)
+	var all sync.WaitGroup
+	for i := range 8 {
+		all.Go(func() {
+			spec := vmprovider.Spec{ID: fmt.Sprintf("t-%d", i), Owner: "me", Image: img, Bootstrap: bootstrap()}
+			_, err := p.Create(t.Context(), spec)
+			if err = errors.Join(err, p.Destroy(t.Context(), spec.ID, vmprovider.DestroyOptions{})); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	nothing(t, s, p)
+	if said := s.Messages(t); strings.Contains(said, "max requests limit") {
+		t.Errorf("libvirtd did not read from the connection: %s", said)
+	}
 }
 
 // TestForeign: domains and volumes of others are not seen and not touched.
