@@ -102,8 +102,11 @@ func TestKilledAnywhere(t *testing.T) {
 		}
 	}
 	whole := provider(t, cfg)
-	steps = nil
 	t.Cleanup(func() { _ = whole.Close() })
+	if _, err := whole.Create(t.Context(), machine("t-stays")); err != nil { // and keeps the network there
+		t.Fatal(err)
+	}
+	steps = nil
 	if _, err := whole.Create(t.Context(), machine("t-whole")); err != nil {
 		t.Fatal(err)
 	}
@@ -175,6 +178,9 @@ func TestKilledAnywhere(t *testing.T) {
 			t.Run(id, func(t *testing.T) { kill(t, killed{s.URI, s.Pool, machine(id), true, at}) })
 		}
 	})
+	if err := whole.Destroy(t.Context(), "t-stays", vmprovider.DestroyOptions{}); err != nil {
+		t.Error(err)
+	}
 	untouched(t)
 	if guests := s.Guests(t); !slices.Equal(guests, []string{testenv.Foreign}) {
 		t.Errorf("left: processes of %v", guests)

@@ -361,7 +361,7 @@ func (h *connection) network(name string, f func(n *libvirt.Network) error) erro
 	if err := h.enter(); err != nil {
 		return err
 	}
-	defer h.calls.RUnlock()
+	defer h.leave()
 	n, err := h.c.LookupNetworkByName(name)
 	if err != nil {
 		return named(err)
@@ -382,8 +382,11 @@ func (h *connection) StartNetwork(xml string) error {
 	if err := h.enter(); err != nil {
 		return err
 	}
-	defer h.calls.RUnlock()
+	defer h.leave()
 	n, err := h.c.NetworkCreateXML(xml)
+	if code(err) == libvirt.ERR_OPERATION_INVALID && strings.Contains(err.Error(), "already active") {
+		return fmt.Errorf("%w: %w", errExists, err) // another process was faster
+	}
 	if err != nil {
 		return named(err)
 	}
