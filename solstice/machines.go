@@ -224,11 +224,15 @@ func (p *pool) stopped(ctx context.Context, id, reason string) {
 	if m.Pool != p.Name {
 		return // another pool has this hypervisor too, and knows where the console is
 	}
-	why := "its machine stopped"
-	if reason != "" {
-		why += ": " + reason
+	p.over(ctx, m, whyStopped(reason))
+}
+
+// whyStopped says it with the provider's reason, where there is one.
+func whyStopped(reason string) string {
+	if reason == "" {
+		return "its machine stopped"
 	}
-	p.over(ctx, m, why)
+	return "its machine stopped: " + reason
 }
 
 // over ends what depends on a machine that is known not to run.

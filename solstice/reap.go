@@ -324,7 +324,7 @@ func (p *pool) sweep(ctx context.Context) error {
 				p.over(ctx, m, "its machine is gone")
 			}
 		case inst.State == vmprovider.StateStopped:
-			p.over(ctx, m, "its machine stopped")
+			p.over(ctx, m, whyStopped(inst.Reason))
 		case inst.State == vmprovider.StateLeftover && !live && m.State != store.MachineBound:
 			// Whoever made it died over it. One that has an agent with a job was
 			// complete enough: whether that agent lives, its silence says.
