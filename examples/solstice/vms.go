@@ -18,7 +18,7 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice/daemon/pools"
 )
 
-// machines are the pools of --pools; nil: none.
+// machines are the pools of --pools; its zero value: none.
 type machines struct {
 	set    *pools.Set
 	labels []string
@@ -29,7 +29,7 @@ type machines struct {
 // machines opens the pools of --pools and has the engine serve their guests.
 func (c *runCmd) machines(ctx context.Context, cfg *solstice.Config, here pools.Machines) (m *machines, err error) {
 	if c.Pools == "" {
-		return nil, nil
+		return &machines{}, nil
 	}
 	file, err := pools.ReadFile(c.Pools, c.Catalogue)
 	if err != nil {
@@ -95,14 +95,14 @@ func (c *runCmd) runnerDir() (string, error) {
 	return filepath.Join(filepath.Dir(exe), "runner"), nil
 }
 
-func (m *machines) serves(label string) bool { return m != nil && slices.Contains(m.labels, label) }
+func (m *machines) serves(label string) bool { return slices.Contains(m.labels, label) }
 
 // Close leaves what machines there are; destroyAll comes before.
 func (m *machines) Close() error {
-	if m == nil {
-		return nil
+	var err error
+	if m.web != nil {
+		err = m.web.Close()
 	}
-	err := m.web.Close()
 	if m.set != nil {
 		err = errors.Join(err, m.set.Close())
 	}
@@ -111,7 +111,7 @@ func (m *machines) Close() error {
 
 // destroyAll makes sure that no machine of the owner is left, whatever happened.
 func (m *machines) destroyAll() error {
-	if m == nil || m.owner == "" {
+	if m.set == nil || m.owner == "" {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -129,7 +129,7 @@ const leftBehindFile = "pools.json"
 
 // own has the sweeper know of the machines, before there are any.
 func (m *machines) own(c *runCmd, state, owner string) error {
-	if m == nil {
+	if m.set == nil {
 		return nil
 	}
 	m.owner = owner
