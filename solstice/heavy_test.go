@@ -16,14 +16,15 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice"
 )
 
-// rss reads a process's resident memory, in bytes.
+// rss reads how much memory of its own a process has in use, in bytes: without its
+// program, whose size is the tests'.
 func rss(pid int) int64 {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
 	if err != nil {
 		return 0
 	}
 	for line := range strings.SplitSeq(string(b), "\n") {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+		if rest, ok := strings.CutPrefix(line, "RssAnon:"); ok {
 			kb, _ := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
 			return kb << 10
 		}
