@@ -20,7 +20,7 @@ import (
 )
 
 // guestAgent builds the agent for the mini guest, and gives what serves it.
-func guestAgent(t *testing.T) (file, sum string) {
+func guestAgent(t testing.TB) (file, sum string) {
 	t.Helper()
 	file = filepath.Join(t.TempDir(), "agent")
 	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", file, "../examples/agent")
@@ -38,7 +38,7 @@ func guestAgent(t *testing.T) (file, sum string) {
 
 // guestsOn are mini guests of a libvirtd, whose engine listens at addr, and which
 // fetch their agent, and whatever else there is on web, from this process.
-func guestsOn(t *testing.T, s *testenv.LibvirtServer, web *http.ServeMux, addr string) *guests {
+func guestsOn(t testing.TB, s *testenv.LibvirtServer, web *http.ServeMux, addr string) *guests {
 	t.Helper()
 	file, sum := guestAgent(t)
 	web.HandleFunc("/runner/", func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, file) })
@@ -52,7 +52,7 @@ func guestsOn(t *testing.T, s *testenv.LibvirtServer, web *http.ServeMux, addr s
 
 // fromGuest is how a guest with user networking reaches an address of this host's
 // loopback.
-func fromGuest(t *testing.T, addr string) string {
+func fromGuest(t testing.TB, addr string) string {
 	t.Helper()
 	_, port, err := net.SplitHostPort(addr)
 	if err != nil {
@@ -63,7 +63,7 @@ func fromGuest(t *testing.T, addr string) string {
 
 // inGuests makes the plant's only pool one of virtual machines, which boot the
 // mini guest and reach this host at 10.0.2.2.
-func inGuests(t *testing.T) (edit func(*solstice.Config), server *testenv.LibvirtServer) {
+func inGuests(t testing.TB) (edit func(*solstice.Config), server *testenv.LibvirtServer) {
 	t.Helper()
 	server = testenv.StartLibvirt(t)
 	agents, err := net.Listen("tcp", "127.0.0.1:0")
