@@ -196,8 +196,10 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 		return fail(err)
 	}
 	var provider vmprovider.Provider = machines
+	boots := 0
 	if p.Handover != "" {
 		provider = handover{memvm.New(memvm.Config{}), p.Handover}
+		boots = p.Capacity // agents start once all machines are made
 	}
 	if p.Guests != nil {
 		if provider, err = p.Guests.open(ctx); err != nil {
@@ -209,7 +211,7 @@ func (p *plant) config(ctx context.Context, log *slog.Logger) (solstice.Config, 
 	cfg := solstice.Config{
 		DB: db, Queue: q, Blobs: blobs, Logger: log, AgentTLS: tls, Contacts: p.Contacts, Timing: p.Timing, LocalAgents: local,
 		Forges: map[string]forge.Forge{"local": repo}, MaxConcurrency: p.Capacity, LogBytes: p.LogBytes, CancelGrace: p.Grace,
-		Pools: []solstice.Pool{{Labels: []string{"host"}, Provider: provider, Host: cmp.Or(p.Host, "test"), Capacity: p.Capacity, Warm: p.Warm}},
+		Pools: []solstice.Pool{{Labels: []string{"host"}, Provider: provider, Host: cmp.Or(p.Host, "test"), Capacity: p.Capacity, Warm: p.Warm, HostBoots: boots}},
 	}
 	if p.Guests != nil {
 		p.Guests.serve(&cfg.Pools[0])

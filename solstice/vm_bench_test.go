@@ -31,8 +31,8 @@ import (
 // moments are when an engine said something first.
 type moments struct {
 	slog.Handler
-	mu   *sync.Mutex
-	at   map[string]time.Time
+	mu *sync.Mutex
+	at map[string]time.Time
 }
 
 func newMoments() moments {
