@@ -70,6 +70,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"os"
+	"time"
 )
 
 func main() {
@@ -90,6 +91,7 @@ func main() {
 	if err != nil {
 		panic(err)
 	}
+	time.Sleep(time.Hour) // its machine ends when it is told to
 	c.Close()
 }
 `
@@ -237,7 +239,7 @@ func BenchmarkColdVM(b *testing.B) {
 		bare, bareEnd = append(bare, up), append(bareEnd, end())
 
 		m.forget()
-		r := p.submit(b, eng, "jobs: { a: { checkout: false, steps: [{ run: sleep 600 }] } }")
+		r := p.submit(b, eng, fmt.Sprintf("jobs: { a: { checkout: false, steps: [{ run: sleep 600; echo %d }] } }", n))
 		eventually(b, "its agent enrolled", func() bool { return !m.of("agent enrolled").IsZero() })
 		ours = append(ours, m.of("agent enrolled").Sub(m.of("job claimed")))
 		for _, vm := range machinesOf(b, pool.Provider) {
@@ -260,30 +262,54 @@ func BenchmarkColdVM(b *testing.B) {
 	b.ReportMetric(float64(sum(oursEnd))/float64(sum(bareEnd)), "x-bare-destroy")
 }
 
-// BenchmarkWarmVM has a job claimed until a follower has the first line of its
-// step, with a warm machine.
+// BenchmarkWarmVM has a job claimed by a warm machine until its first step is known
+// to have begun, and until a follower has the step's first line.
 func BenchmarkWarmVM(b *testing.B) {
 	edit, _ := inGuests(b)
 	m := newMoments()
 	p := newPlant(b, testenv.SQLite(b))
 	eng, _ := p.start(b, edit, func(c *solstice.Config) { c.Logger, c.Pools[0].Warm = slog.New(m), 1 })
-	var took []time.Duration
-	for range b.N {
+	var step, line []time.Duration
+	for n := range b.N {
 		awaitWarm(b, eng)
 		m.forget()
-		r := p.submit(b, eng, "jobs: { a: { checkout: false, steps: [{ run: echo hi }] } }")
+		r := p.submit(b, eng, fmt.Sprintf("jobs: { a: { checkout: false, steps: [{ run: echo hi %d }] } }", n))
+		var watcher sync.WaitGroup
+		watcher.Go(func() {
+			for ; b.Context().Err() == nil; time.Sleep(2 * time.Millisecond) {
+				j, err := eng.Job(b.Context(), r.Jobs[0].ID)
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				if j.AttemptID == "" {
+					continue
+				}
+				steps, err := eng.Steps(b.Context(), j.AttemptID)
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				if len(steps) > 0 {
+					step = append(step, time.Since(m.of("job claimed")))
+					return
+				}
+			}
+		})
 		for c, err := range eng.FollowJob(b.Context(), r.Jobs[0].ID) {
 			if err != nil {
 				b.Fatal(err)
 			}
 			if len(c.Chunk.Data) > 0 {
-				took = append(took, time.Since(m.of("job claimed")))
+				line = append(line, time.Since(m.of("job claimed")))
 				break
 			}
 		}
+		watcher.Wait()
 		finish(b, eng, r.ID)
 	}
-	percentiles(b, "claim-to-line", took)
+	percentiles(b, "claim-to-step", step)
+	percentiles(b, "claim-to-line", line)
 }
 
 // BenchmarkVMPool has 20 jobs (4 with -short) through a pool of two machines,
@@ -301,10 +327,10 @@ func BenchmarkVMPool(b *testing.B) {
 			if warm > 0 {
 				awaitWarm(b, eng)
 			}
-			workflow := fmt.Sprintf("jobs: { a: { checkout: false, matrix: { n: [%s] }, steps: [{ run: echo hi }] } }", numbers(jobs))
+			workflow := "jobs: { a: { checkout: false, matrix: { n: [%s] }, steps: [{ run: echo hi %d }] } }"
 			b.ResetTimer()
-			for range b.N {
-				finishWithin(b, eng, p.submit(b, eng, workflow).ID, 20*time.Minute)
+			for n := range b.N {
+				finishWithin(b, eng, p.submit(b, eng, fmt.Sprintf(workflow, numbers(jobs), n)).ID, 20*time.Minute)
 			}
 			b.ReportMetric(b.Elapsed().Seconds()/float64(b.N*jobs), "s/job")
 		})

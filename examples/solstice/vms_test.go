@@ -25,7 +25,7 @@ type virtual struct {
 func newVirtual(t *testing.T) *virtual {
 	t.Helper()
 	v := &virtual{testenv.StartLibvirt(t), t, t.TempDir()}
-	cmd := exec.CommandContext(t.Context(), "../../.mise/tasks/setup/vms")
+	cmd := exec.CommandContext(t.Context(), "../../.mise/tasks/setup/vms", "debian")
 	cmd.Env = append(os.Environ(), "URI="+v.URI, "STORAGE_POOL="+v.Pool, "DIST="+v.dist, "DATA="+v.dist)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("setup/vms: %v\n%s", err, out)
@@ -67,7 +67,8 @@ func TestOwnVMWorkflow(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"machine 1: Linux", "machine 2: Linux", "| # Solstice", "both machines had the repository", "✓ vms succeeded"} {
+	for _, want := range []string{"machine 1: Linux", "machine 2: Linux", "| # Solstice", "both machines had the repository",
+		"Debian GNU/Linux 12 (bookworm), process 1 is systemd", "status: running", "DataSourceNoCloud [seed=/dev/vd", "internal/selfca\t", "vmprovider/vmprovidertest\t", "✓ vms succeeded"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}

@@ -7,6 +7,8 @@ import (
 	"testing"
 )
 
+const miniGuest = "solstice/guests/mini.qcow2"
+
 // MiniGuest returns the file of a small Linux guest, qcow2, for x86-64, which
 // .mise/tasks/setup/guest builds. It must not be written to. With 256 MiB and no
 // hardware virtualisation it is up in about 3 s: it says "mini: init" on its
@@ -14,28 +16,13 @@ import (
 // seed on another of its disks, and powers off.
 func MiniGuest(t testing.TB) string {
 	t.Helper()
-	return builtGuest(t, "mini", "guest")
-}
-
-// DebianGuest returns the file of a Debian 12 guest, qcow2, for x86-64, which
-// .mise/tasks/setup/guest-debian builds: systemd, and cloud-init, which runs the
-// user-data of a NoCloud seed; git, curl, and Go, with the standard library in its
-// build cache and no network to load modules from. It must not be written to. It
-// wants 1 GiB, and has room for 7 GiB.
-func DebianGuest(t testing.TB) string {
-	t.Helper()
-	return builtGuest(t, "debian", "guest-debian")
-}
-
-func builtGuest(t testing.TB, name, task string) string {
-	t.Helper()
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	file, err := filepath.EvalSymlinks(filepath.Join(cache, "solstice", "guests", name+".qcow2"))
+	file, err := filepath.EvalSymlinks(filepath.Join(cache, filepath.FromSlash(miniGuest)))
 	if err != nil {
-		Missing(t, "the "+name+" guest", ".mise/tasks/setup/"+task+" builds it: "+err.Error())
+		Missing(t, "the mini guest", ".mise/tasks/setup/guest builds it: "+err.Error())
 	}
 	return file
 }
