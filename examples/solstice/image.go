@@ -23,6 +23,7 @@ type imageCmd struct {
 	Pull   imagePullCmd   `cmd:"" help:"Download images, check and unpack them."`
 	Verify imageVerifyCmd `cmd:"" help:"Read images in whole and compare them with what was stored."`
 	Remove imageRemoveCmd `cmd:"" help:"Remove images from the store."`
+	Evict  imageEvictCmd  `cmd:"" help:"Remove images that were not used for long."`
 }
 
 // images are the flags of commands that work on the store, which may be in use.
@@ -31,6 +32,8 @@ type images struct {
 
 	Catalogue string `group:"Images" env:"IMAGE_CATALOGUE" placeholder:"FILE" help:"The catalogue of images; see docs/images.md."`
 	ImageDir  string `group:"Images" env:"IMAGE_DIR" placeholder:"DIR" help:"Directory of downloaded images. Default: images in the state directory."`
+
+	evict image.Options
 }
 
 // open gives the catalogue, empty where none is needed and given, and the store.
@@ -55,7 +58,7 @@ func (i *images) open(needed bool, do func(*image.Catalogue, *image.Store) error
 		}
 		dir = filepath.Join(state, "images")
 	}
-	s, err := image.Open(dir, image.Options{})
+	s, err := image.Open(dir, i.evict)
 	if err != nil {
 		return unable("cannot open the store of images", err, "")
 	}
@@ -348,6 +351,52 @@ func (c *imageRemoveCmd) Run(e *env) error {
 				return unable("cannot remove the image "+c.Labels[n], err, "")
 			}
 			if _, err := fmt.Printf("removed %s\n", plain(c.Labels[n])); err != nil {
+				return printed(err)
+			}
+		}
+		return nil
+	})
+}
+
+type imageEvictCmd struct {
+	images
+	MaxSize imageSize     `placeholder:"SIZE" help:"Remove those that were not used for longest until the rest is no larger, as in 50GiB."`
+	MaxAge  time.Duration `placeholder:"DURATION" help:"Remove those that were not used for so long, as in 720h."`
+}
+
+// imageSize is a number of bytes, written like 50GiB.
+type imageSize int64
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (b *imageSize) UnmarshalText(text []byte) error {
+	n, err := image.ParseBytes(string(text))
+	*b = imageSize(n)
+	return err
+}
+
+// Run is kong's.
+func (c *imageEvictCmd) Run(e *env) error {
+	if c.MaxSize <= 0 && c.MaxAge <= 0 {
+		return unable("nothing says what is to go", nil, "give --max-size, --max-age, or both")
+	}
+	c.evict = image.Options{MaxBytes: int64(c.MaxSize), MaxAge: c.MaxAge}
+	return c.open(false, func(_ *image.Catalogue, s *image.Store) error {
+		before, err := s.List(e.ctx)
+		if err != nil {
+			return unable("cannot list the store of images", err, "")
+		}
+		if err := s.Evict(e.ctx); err != nil {
+			return unable("cannot remove what was not used for long", err, "")
+		}
+		after, err := s.List(e.ctx)
+		if err != nil {
+			return unable("cannot list the store of images", err, "")
+		}
+		for _, i := range before {
+			if slices.ContainsFunc(after, func(j image.Entry) bool { return j.Image.SHA256 == i.Image.SHA256 }) {
+				continue
+			}
+			if _, err := fmt.Printf("removed %s\n", plain(cmp.Or(i.Image.Label, i.Image.SHA256))); err != nil {
 				return printed(err)
 			}
 		}

@@ -114,6 +114,17 @@ images:
 	if err := pin.Release(); err != nil {
 		t.Fatal(err)
 	}
+	u.solstice("image", "evict").want(t, exitCouldNotRun)
+	if got := u.ok("image", "evict", "--max-size", "1GiB", "--max-age", "1h"); got != "" {
+		t.Errorf("evicted: %s", got)
+	}
+	if got := u.ok("image", "evict", "--max-size", "1KiB"); got != "removed disk\n" {
+		t.Errorf("evict prints %q", got)
+	}
+	if got := list()[0].State; got != "absent" {
+		t.Errorf("after the eviction it is %s", got)
+	}
+	u.ok("image", "pull", "disk")
 	u.env = u.env[1:] // also what is not in a catalogue, by its hash
 	has(t, "table", u.ok("image", "list"), "disk (not in the catalogue)")
 	u.ok("image", "remove", sum[:12])

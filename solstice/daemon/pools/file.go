@@ -38,6 +38,7 @@ const maxFileBytes = 1 << 20
 type File struct {
 	catalogue *image.Catalogue // nil: none
 	imageDir  string           // empty: as Options say
+	evict     image.Options    // when images go that nobody uses
 	pools     []entry          // by name
 }
 
@@ -149,9 +150,11 @@ func ReadFile(path, catalogue string) (*File, error) {
 
 // document is the whole file.
 type document struct {
-	Catalogue string            `yaml:"catalogue"`
-	ImageDir  string            `yaml:"image_dir"`
-	Pools     map[string]*entry `yaml:"pools"`
+	Catalogue    string            `yaml:"catalogue"`
+	ImageDir     string            `yaml:"image_dir"`
+	ImageMaxSize bytes             `yaml:"image_max_size"`
+	ImageMaxAge  time.Duration     `yaml:"image_max_age"`
+	Pools        map[string]*entry `yaml:"pools"`
 }
 
 var unknownField = regexp.MustCompile(`field (\S+) not found in type [\w.]+`)
@@ -168,7 +171,10 @@ func parse(path, catalogue string, data []byte) (*File, error) {
 		}
 		return filepath.Join(filepath.Dir(path), name)
 	}
-	out := &File{}
+	if doc.ImageMaxAge < 0 {
+		return nil, fmt.Errorf("%w: %s: image_max_age is negative", ErrInvalid, path)
+	}
+	out := &File{evict: image.Options{MaxBytes: int64(doc.ImageMaxSize), MaxAge: doc.ImageMaxAge}}
 	if doc.Catalogue != "" {
 		catalogue = beside(doc.Catalogue)
 	}

@@ -43,6 +43,8 @@ func written(t *testing.T, text string) string {
 func TestFile(t *testing.T) {
 	f, err := ReadFile(written(t, `
 catalogue: images.yaml
+image_max_size: 50GiB
+image_max_age: 720h
 pools:
   vms:
     labels: [debian, linux]
@@ -78,6 +80,9 @@ pools:
 	if len(f.pools) != 4 || f.pools[0].name != "elsewhere" || f.pools[1].name != "host" {
 		t.Fatalf("pools %+v", f.pools)
 	}
+	if f.evict.MaxBytes != 50<<30 || f.evict.MaxAge != 720*time.Hour {
+		t.Errorf("images go by %+v", f.evict)
+	}
 	if got := f.pools[0].target(); got != "vms.example.com:7000" {
 		t.Errorf("target %q", got)
 	}
@@ -104,6 +109,7 @@ func TestWrongFile(t *testing.T) {
 		want []string
 	}{
 		"empty":            {"", []string{"no documents"}},
+		"age of images":    {"image_max_age: -1h\npools: { a: { provider: process } }", []string{"image_max_age is negative"}},
 		"no pools":         {"pools: {}", []string{"there are no pools"}},
 		"no YAML":          {"pools: [", []string{"pools.yaml"}},
 		"unknown keys":     {"pool: {}\npools:\n  a: { provider: process, warn: 1 }", []string{"line 1: unknown key pool", "line 3: unknown key warn"}},

@@ -105,7 +105,9 @@ func (s *Set) open(ctx context.Context, p *opened, o Options) error {
 	if p.Image != "" {
 		if s.store == nil {
 			var err error
-			if s.store, err = image.Open(cmp.Or(s.file.imageDir, o.ImageDir), image.Options{Logger: o.Logger}); err != nil {
+			evict := s.file.evict
+			evict.Logger = o.Logger
+			if s.store, err = image.Open(cmp.Or(s.file.imageDir, o.ImageDir), evict); err != nil {
 				return err
 			}
 		}

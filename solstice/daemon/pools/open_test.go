@@ -83,9 +83,20 @@ func TestMachines(t *testing.T) {
 	agentSum := put(t, filepath.Join(dir, "runner/agent-linux-amd64"), "an agent")
 	put(t, filepath.Join(dir, "runner/agent-Of-nothing"), "ignored: no system has this name")
 	put(t, filepath.Join(dir, "images.yaml"), fmt.Sprintf("images: { one: { source: disk.raw, sha256: %s, format: raw, os: linux, arch: amd64 } }", imageSum))
+	store, err := image.Open(filepath.Join(dir, "images"), image.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = store.Close() }()
+	earlier := image.Image{Label: "earlier", Source: filepath.Join(dir, "earlier.raw"), Format: "raw", OS: "linux", Arch: "amd64"}
+	earlier.SHA256 = put(t, earlier.Source, "a disk that nobody uses")
+	if _, err := store.Ensure(t.Context(), earlier, nil); err != nil {
+		t.Fatal(err)
+	}
 	put(t, filepath.Join(dir, "pools.yaml"), fmt.Sprintf(`
 catalogue: images.yaml
 image_dir: images
+image_max_size: 16
 pools:
   vms: { provider: 'grpc+unix:%s', image: one, cpus: 2, memory: 1GiB, warm: 1, contacts: ['10.1.1.1:7'], runner_url: 'http://10.1.1.1:8/runner' }
 `, at))
@@ -141,10 +152,9 @@ pools:
 	if data, err := os.ReadFile(s.Image.Path); err != nil || string(data) != "a disk" || s.Bootstrap.AgentSHA256["linux/amd64"] != agentSum {
 		t.Errorf("then %q, %v, agents %v", data, err, s.Bootstrap.AgentSHA256)
 	}
-	// In use, it stays in the store.
-	store, err := image.Open(filepath.Join(dir, "images"), image.Options{})
-	if err != nil {
-		t.Fatal(err)
+	// In use, it stays in the store; what is not, and too much, went.
+	if list, err := store.List(t.Context()); err != nil || len(list) != 1 {
+		t.Errorf("the store has %+v, %v", list, err)
 	}
 	if err := store.Remove(t.Context(), f.pools[0].choice.Image); !errors.Is(err, image.ErrInUse) {
 		t.Errorf("removing it: %v", err)
