@@ -68,7 +68,7 @@ func TestOwnVMWorkflow(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	for _, want := range []string{"machine 1: Linux", "machine 2: Linux", "| # Solstice", "both machines had the repository",
-		"Debian GNU/Linux 12 (bookworm), process 1 is systemd", "status: running", "DataSourceNoCloud [seed=/dev/vd", "internal/selfca\t", "vmprovider/vmprovidertest\t", "✓ vms succeeded"} {
+		"Debian GNU/Linux 12 (bookworm), process 1 is systemd", "status: running", "blobstore/memblob\t", "solstice-go/vmprovider\t", "✓ vms succeeded"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}
