@@ -32,9 +32,24 @@ var (
 	ErrInvalid = errors.New("forge: invalid argument")
 	// ErrTooLarge: the file is over MaxFileBytes.
 	ErrTooLarge = errors.New("forge: file is too large")
-	// ErrUnavailable: the forge cannot be reached or is overloaded; retry.
+	// ErrConflict: a pull request that cannot be merged.
+	ErrConflict = errors.New("forge: pull request has conflicts")
+	// ErrUnavailable: the forge cannot be reached or is overloaded; retry, and not
+	// before what a [RetryError] says.
 	ErrUnavailable = errors.New("forge: unavailable")
 )
+
+// RetryError is an ErrUnavailable whose forge said when to come again.
+type RetryError struct {
+	After time.Duration
+	Err   error
+}
+
+// Error implements error.
+func (e *RetryError) Error() string { return e.Err.Error() }
+
+// Unwrap gives ErrUnavailable and what was the reason.
+func (e *RetryError) Unwrap() []error { return []error{ErrUnavailable, e.Err} }
 
 // MaxFileBytes is the largest file that ReadFile gives: 1 MiB.
 const MaxFileBytes = 1 << 20
@@ -90,8 +105,10 @@ const (
 	KindTag          Kind = "tag"
 	KindPullRequest  Kind = "pull_request" // Action: opened, synchronized, reopened, closed
 	KindManual       Kind = "manual"
-	KindRerun        Kind = "rerun"        // Action: all, failed
-	KindInstallation Kind = "installation" // Action: added, removed
+	KindRerun        Kind = "rerun"        // Action: all, failed; of what ExternalID says
+	KindCancel       Kind = "cancel"       // of what ExternalID says
+	KindApprove      Kind = "approve"      // of what ExternalID says, by Sender
+	KindInstallation Kind = "installation" // Action: added, removed; Repos says which
 	KindPing         Kind = "ping"
 )
 
@@ -110,10 +127,11 @@ type Event struct {
 	PullRequest *PullRequest `json:"pull_request,omitempty"`
 	// ChangedPaths is nil where they are not known.
 	ChangedPaths []string `json:"changed_paths,omitempty"`
-	// RerunOf is what the person asked to run again, in the forge's terms (the
-	// external ID that was given with the status).
-	RerunOf string    `json:"rerun_of,omitempty"`
-	Time    time.Time `json:"time,omitzero"`
+	// ExternalID is that of the status whose button was pressed.
+	ExternalID string `json:"external_id,omitempty"`
+	// Repos are those that an installation was given or has lost.
+	Repos []Repo    `json:"repos,omitempty"`
+	Time  time.Time `json:"time,omitzero"`
 }
 
 // PullRequest is the part of an event that is about one.
@@ -179,10 +197,45 @@ type Status struct {
 	State       StatusState `json:"state"`
 	Description string      `json:"description,omitempty"` // one line, drivers cut it to what fits
 	TargetURL   string      `json:"target_url,omitempty"`
-	// ExternalID comes back in Event.RerunOf where the forge has a rerun button.
+	// ExternalID comes back in Event.ExternalID where the forge has buttons.
 	ExternalID string    `json:"external_id,omitempty"`
 	StartedAt  time.Time `json:"started_at,omitzero"`
 	FinishedAt time.Time `json:"finished_at,omitzero"`
+
+	// What follows is shown where the forge has a place for it, and left out
+	// elsewhere.
+	Summary     string       `json:"summary,omitempty"` // Markdown
+	Annotations []Annotation `json:"annotations,omitempty"`
+	Actions     []Action     `json:"actions,omitempty"` // buttons
+}
+
+// Action is what a person may be offered beside a status.
+type Action string
+
+// Actions; each comes back as the event of its kind. A rerun is offered by
+// forges by themselves.
+const (
+	ActionCancel  Action = "cancel"
+	ActionApprove Action = "approve"
+)
+
+// Level of an annotation.
+type Level string
+
+// Levels of annotations.
+const (
+	LevelNotice  Level = "notice"
+	LevelWarning Level = "warning"
+	LevelFailure Level = "failure"
+)
+
+// Annotation is a remark at a line of a file of the commit.
+type Annotation struct {
+	Path    string `json:"path"`
+	Line    int    `json:"line"` // from 1
+	Column  int    `json:"column,omitempty"`
+	Level   Level  `json:"level"`
+	Message string `json:"message"`
 }
 
 // MaxStatusKeyBytes is the longest Key of a Status that every driver accepts.
@@ -255,6 +308,21 @@ type ChangedPaths interface {
 type Permissions interface {
 	// MayApprove reports whether the user (by User.ID) may let strangers' code run.
 	MayApprove(ctx context.Context, repo Repo, u User) (bool, error)
+}
+
+// Merger is implemented by drivers whose forge merges pull requests for tests.
+type Merger interface {
+	// MergeCommit gives the commit that the head of a pull request, as it is in pr,
+	// merged into its base would be. ErrConflict: it can't be merged.
+	// ErrUnavailable: not known yet; try again.
+	MergeCommit(ctx context.Context, repo Repo, pr PullRequest) (commit string, err error)
+}
+
+// Commenter is implemented by drivers that can write to a pull request.
+type Commenter interface {
+	// Comment writes text (Markdown), or replaces what was written under the same
+	// key (one line of ASCII letters, digits and -).
+	Comment(ctx context.Context, repo Repo, pullRequest int, key, text string) error
 }
 
 // HeadLister is implemented by drivers that can list heads, so that missed

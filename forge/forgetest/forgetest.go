@@ -12,6 +12,7 @@ package forgetest
 import (
 	"context"
 	"errors"
+	"net/http"
 	"slices"
 	"testing"
 
@@ -69,6 +70,30 @@ type Fixture struct {
 	// driver's Capabilities have Statuses; what the forge can't represent
 	// (Version, ExternalID, times) may be left out.
 	Statuses func(tb TB, r forge.Repo, commit string) []forge.Status
+	// Webhooks is required when the driver's Capabilities have Webhooks.
+	Webhooks *Webhooks
+}
+
+// Webhooks are what a forge sends.
+type Webhooks struct {
+	// Request is a delivery of an event's body as the forge would send it, with its
+	// headers, among them a signature or token made with secret.
+	Request func(tb TB, event string, body, secret []byte) *http.Request
+	// Deliveries are of the forge itself, from its documentation or its source.
+	Deliveries []Delivery
+}
+
+// Delivery is a webhook and what it has to become.
+type Delivery struct {
+	Name  string // of the subtest
+	Event string // as the forge calls it
+	Body  []byte
+	// Repo is what the secret is asked for, "owner/name".
+	Repo string
+	// Golden is the file with the event as indented JSON, written when the test's
+	// -update is given. Empty: it is an error that wraps Err.
+	Golden string
+	Err    error // forge.ErrIgnored or forge.ErrInvalid
 }
 
 // Check is one promise of package forge.

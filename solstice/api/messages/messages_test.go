@@ -123,7 +123,7 @@ var (
 					HeadRepo: forge.Repo{Owner: "alice", Name: "widget"}, BaseRef: "main", BaseCommit: strings.Repeat("a", 40), MergeRef: "refs/pull/7/merge",
 					Author: forge.User{ID: "1", Login: "alice"}, Fork: true, Draft: true,
 				},
-				ChangedPaths: []string{"fan.go", "docs/é \u2028.md"}, RerunOf: "0192", Time: someTime,
+				ChangedPaths: []string{"fan.go", "docs/é \u2028.md"}, ExternalID: "0192", Repos: []forge.Repo{someRepo}, Time: someTime,
 			},
 			Inputs: map[string]string{"level": "3"}, Workflow: "ci", Jobs: []string{"test", "lint"}, IdempotencyKey: "k", Priority: -1,
 			AwaitApproval: "a stranger's change",
@@ -137,6 +137,8 @@ var (
 			Forge: "forgejo", Repo: someRepo, Commit: someCommit, Status: forge.Status{
 				Key: "solstice/ci/test (go 1.26)", Version: 1 << 60, State: forge.StatusFailure, Description: "Failed after 3s",
 				TargetURL: "https://ci.example/runs/1", ExternalID: "0192", StartedAt: someTime, FinishedAt: someTime.Add(3 * time.Second),
+				Summary: "1 of 2 steps failed", Actions: []forge.Action{forge.ActionCancel, forge.ActionApprove},
+				Annotations: []forge.Annotation{{Path: ".solstice/workflow.yaml", Line: 3, Column: 5, Level: forge.LevelFailure, Message: "unknown key"}},
 			},
 		},
 		"oldest":         {Forge: "local", Repo: forge.Repo{Name: "widget"}, Commit: someCommit, Status: forge.Status{Key: "solstice/ci", Version: 1, State: forge.StatusPending}},
