@@ -50,7 +50,7 @@ func image(t vmprovidertest.T, dir string, code []byte) vmprovider.Image {
 	f, err := os.CreateTemp(dir, "image-")
 	if err == nil {
 		_, err = f.Write(disk)
-		err = errors.Join(err, f.Close())
+		err = errors.Join(err, f.Chmod(0o644), f.Close())
 	}
 	if err != nil {
 		t.Fatalf("%v", err)
@@ -73,14 +73,29 @@ func provider(t vmprovidertest.T, cfg Config) *Provider {
 	return p
 }
 
-// TestConformance: real machines of a real libvirtd.
+// TestConformance: real machines of a real libvirtd, the system's, one of another
+// host and a user's.
 func TestConformance(t *testing.T) {
-	t.Parallel()
-	s := testenv.StartLibvirt(t)
-	dir := t.TempDir()
+	for name, start := range map[string]func(t testing.TB) *testenv.LibvirtServer{
+		"system": testenv.StartLibvirt, "session": testenv.StartLibvirtSession,
+		"remote": func(t testing.TB) *testenv.LibvirtServer {
+			s := testenv.StartLibvirt(t)
+			s.URI, _ = s.Remote(t)
+			return s
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			conforms(t, start(t))
+		})
+	}
+}
+
+func conforms(t *testing.T, s *testenv.LibvirtServer) {
+	t.Helper()
 	with := func(code []byte) func(t vmprovidertest.T, spec *vmprovider.Spec) {
 		return func(t vmprovidertest.T, spec *vmprovider.Spec) {
-			spec.Image, spec.Bootstrap = image(t, dir, code), bootstrap()
+			spec.Image, spec.Bootstrap = image(t, s.Images, code), bootstrap()
 		}
 	}
 	cfg := config(s)
@@ -95,7 +110,7 @@ func TestConformance(t *testing.T) {
 			with(says(text, halt))(t, spec)
 		},
 		Leave: func(t vmprovidertest.T, id, owner string) {
-			spec := vmprovider.Spec{ID: id, Owner: owner, Image: image(t, dir, halt), Bootstrap: bootstrap()}
+			spec := vmprovider.Spec{ID: id, Owner: owner, Image: image(t, s.Images, halt), Bootstrap: bootstrap()}
 			leave(t, cfg, spec, "overlay")
 		},
 		Capacity: cfg.Max, Parallel: 3,
