@@ -187,6 +187,22 @@ pools:
 	}
 }
 
+// TestRemoteImage: an image of the catalogue is not on another computer.
+func TestRemoteImage(t *testing.T) {
+	f, err := ReadFile(written(t, `
+catalogue: images.yaml
+pools:
+  vms: { provider: libvirt, image: debian, libvirt: { uri: 'qemu+tcp://vms.example.com/system', accelerator: kvm, storage_pool: s, network: user } }
+`), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Open(t.Context(), Options{ImageDir: t.TempDir(), Logger: slog.New(slog.DiscardHandler)})
+	if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "give image_file") {
+		t.Errorf("opened: %v", err)
+	}
+}
+
 // TestReach: guests are told addresses that they can reach, or the program does
 // not start.
 func TestReach(t *testing.T) {
