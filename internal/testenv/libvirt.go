@@ -173,6 +173,23 @@ func (s *LibvirtServer) start() error {
 	}, "libvirtd.log", "messages.log")
 }
 
+// Image gives a place where QEMU may read an image file.
+func (s *LibvirtServer) Image(t testing.TB, file string) string {
+	t.Helper()
+	if s.uid == 0 {
+		return file
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file = filepath.Join(s.Images, filepath.Base(file))
+	if err := os.WriteFile(file, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
 func (s *LibvirtServer) virsh(args ...string) (string, error) {
 	cmd := exec.Command("virsh", append([]string{"-q", "-c", s.URI}, args...)...)
 	var said bytes.Buffer
