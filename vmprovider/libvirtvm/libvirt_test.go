@@ -77,13 +77,14 @@ func provider(t vmprovidertest.T, cfg Config) *Provider {
 	return p
 }
 
-// TestConformance: real machines of a real libvirtd, the system's, one of another
-// host and a user's.
+// TestConformance: real machines of a real libvirtd, the system's of this host and
+// a user's of another. That the other two pairs are the same is left to TestRemoteCut
+// and to the engine's TestJobsInVMs.
 func TestConformance(t *testing.T) {
 	for name, start := range map[string]func(t testing.TB) *testenv.LibvirtServer{
-		"system": testenv.StartLibvirt, "session": testenv.StartLibvirtSession,
-		"remote": func(t testing.TB) *testenv.LibvirtServer {
-			s := testenv.StartLibvirt(t)
+		"system": testenv.StartLibvirt,
+		"remote session": func(t testing.TB) *testenv.LibvirtServer {
+			s := testenv.StartLibvirtSession(t)
 			s.URI, _ = s.Remote(t)
 			return s
 		},
