@@ -81,6 +81,7 @@ func provider(t vmprovidertest.T, cfg Config) *Provider {
 // a user's of another. That the other two pairs are the same is left to TestRemoteCut
 // and to the engine's TestJobsInVMs.
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	for name, start := range map[string]func(t testing.TB) *testenv.LibvirtServer{
 		"system": testenv.StartLibvirt,
 		"remote session": func(t testing.TB) *testenv.LibvirtServer {
