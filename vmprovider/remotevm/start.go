@@ -30,6 +30,9 @@ type Command struct {
 	Output io.Writer
 	// Logger is told when it ends and is started again; nil: nobody.
 	Logger *slog.Logger
+	// Dir is where the directory of its socket is made, which this process leaves
+	// there only when it is killed; empty: the system's for temporary files.
+	Dir string
 
 	ConnectTimeout, CallTimeout time.Duration // as in Config
 }
@@ -37,6 +40,9 @@ type Command struct {
 // How a plugin is asked to end: its standard input does and it gets SIGTERM, then,
 // after stopTimeout, SIGKILL.
 const stopTimeout = drain + 5*time.Second
+
+// longestSocket is the least that a system has: macOS and the BSDs 103, Linux 107.
+const longestSocket = 103
 
 // Start starts a plugin, and starts it again, with growing pauses, whenever it
 // ends. Its standard input is a pipe that ends with this process, however that
@@ -52,11 +58,20 @@ func Start(ctx context.Context, c Command) (*Provider, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	dir, err := os.MkdirTemp("", "solstice-plugin-")
+	pattern := "solstice-plugin-"
+	if c.Dir != "" {
+		pattern = "" // names of sockets are short
+	}
+	dir, err := os.MkdirTemp(c.Dir, pattern)
 	if err != nil {
 		return nil, err
 	}
-	target := "unix:" + filepath.Join(dir, "socket")
+	socket := filepath.Join(dir, "socket")
+	if len(socket) > longestSocket {
+		err := fmt.Errorf("%w: %s is longer than the %d bytes that a Unix socket's name may have", vmprovider.ErrInvalid, socket, longestSocket)
+		return nil, errors.Join(err, os.Remove(dir))
+	}
+	target := "unix:" + socket
 	c.Argv = append(append([]string(nil), c.Argv...), "--listen", target)
 	run, end := context.WithCancel(context.Background())
 	var over sync.WaitGroup
