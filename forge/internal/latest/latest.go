@@ -3,10 +3,9 @@
 package latest
 
 import (
-	"container/list"
 	"context"
-	"sync"
 
+	"github.com/solstice-ci/solstice-go/forge/internal/lru"
 	"github.com/solstice-ci/solstice-go/internal/keylock"
 )
 
@@ -14,19 +13,14 @@ import (
 // forgotten.
 const Max = 4096
 
-// Latest remembers the last version reported under each key. The zero value is
-// ready.
+// Latest remembers the last version reported under each key.
 type Latest struct {
 	locks keylock.Locks
-	mu    sync.Mutex
-	byKey map[string]*list.Element
-	used  list.List // of *entry, the last used first
+	last  lru.Cache[string, int64]
 }
 
-type entry struct {
-	key     string
-	version int64
-}
+// New makes one that remembers nothing yet.
+func New() *Latest { return &Latest{last: lru.Cache[string, int64]{Max: Max}} }
 
 // Do calls report unless a report of the same or a higher version has
 // succeeded under the key. There is one at a time under a key; a wait for its
@@ -37,41 +31,12 @@ func (l *Latest) Do(ctx context.Context, key string, version int64, report func(
 		return err
 	}
 	defer unlock()
-	if last, ok := l.Last(key); ok && version <= last {
+	if last, ok := l.last.Get(key); ok && version <= last {
 		return nil
 	}
 	if err := report(); err != nil {
 		return err
 	}
-	l.remember(key, version)
+	l.last.Put(key, version, 1)
 	return nil
-}
-
-// Last is the version that was last reported under the key, if it is remembered.
-func (l *Latest) Last(key string) (version int64, ok bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.byKey[key]
-	if e == nil {
-		return 0, false
-	}
-	l.used.MoveToFront(e)
-	return e.Value.(*entry).version, true
-}
-
-func (l *Latest) remember(key string, version int64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if e := l.byKey[key]; e != nil {
-		e.Value.(*entry).version = version
-		l.used.MoveToFront(e)
-		return
-	}
-	if l.byKey == nil {
-		l.byKey = map[string]*list.Element{}
-	}
-	l.byKey[key] = l.used.PushFront(&entry{key, version})
-	if len(l.byKey) > Max {
-		delete(l.byKey, l.used.Remove(l.used.Back()).(*entry).key)
-	}
 }

