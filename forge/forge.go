@@ -263,6 +263,8 @@ func (s Status) Validate() error {
 type Capabilities struct {
 	Webhooks bool // ParseWebhook works; otherwise it wraps errors.ErrUnsupported
 	Statuses bool // ReportStatus reaches something; otherwise it is a no-op
+	// StatusKeysFold: keys that differ in upper and lower case alone are one status.
+	StatusKeysFold bool
 }
 
 // Forge is implemented by drivers; all methods are safe for concurrent use and

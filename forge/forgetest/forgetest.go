@@ -70,6 +70,9 @@ type Fixture struct {
 	// driver's Capabilities have Statuses; what the forge can't represent
 	// (Version, ExternalID, times) may be left out.
 	Statuses func(tb TB, r forge.Repo, commit string) []forge.Status
+	// Shown is what the forge makes of a state, where it knows fewer; nil: it
+	// knows all. What is final stays final.
+	Shown func(forge.StatusState) forge.StatusState
 	// Webhooks is required when the driver's Capabilities have Webhooks.
 	Webhooks *Webhooks
 }
