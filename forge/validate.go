@@ -1,7 +1,10 @@
 package forge
 
 import (
+	"bytes"
 	"fmt"
+	"io"
+	"net/http"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -10,6 +13,25 @@ import (
 // MaxWebhookBytes is the largest body of a webhook that ParseWebhook reads: 25 MiB,
 // which is GitHub's own bound.
 const MaxWebhookBytes = 25 << 20
+
+// ReadWebhook reads the body of a webhook up to MaxWebhookBytes, for drivers; more
+// wraps ErrTooLarge, and is not read where the request says how much it is.
+func ReadWebhook(r *http.Request) ([]byte, error) {
+	if r.ContentLength > MaxWebhookBytes {
+		return nil, fmt.Errorf("%w: a webhook of %d bytes", ErrTooLarge, r.ContentLength)
+	}
+	if r.Body == nil {
+		return nil, nil
+	}
+	var b bytes.Buffer // which grows by doubling
+	switch n, err := io.Copy(&b, io.LimitReader(r.Body, MaxWebhookBytes+1)); {
+	case err != nil:
+		return nil, fmt.Errorf("read webhook: %w", err)
+	case n > MaxWebhookBytes:
+		return nil, fmt.Errorf("%w: a webhook of more than %d bytes", ErrTooLarge, MaxWebhookBytes)
+	}
+	return b.Bytes(), nil
+}
 
 // actions that events of a kind have; kinds without a list have none.
 var actions = map[Kind][]string{
