@@ -137,7 +137,8 @@ func (f *Forge) reportCheck(ctx context.Context, r repository, commit, key strin
 	if last.id != 0 && last.version >= s.Version {
 		return nil
 	}
-	if last.completed && !s.State.Terminal() {
+	final := request(s)
+	if last.completed && final.Status != "completed" {
 		last = checkRun{}
 	}
 	f.checks.Delete(key) // until it is known how this ends
@@ -149,7 +150,6 @@ func (f *Forge) reportCheck(ctx context.Context, r repository, commit, key strin
 		}
 		left = slices.DeleteFunc(left, func(a annotation) bool { return there[a] })
 	}
-	final := request(s)
 	for last.annotated += len(left); len(left) > maxBatch; left = left[maxBatch:] {
 		more := final
 		more.ExternalID = joinExternalID(last.version, s.ExternalID)
@@ -163,7 +163,7 @@ func (f *Forge) reportCheck(ctx context.Context, r repository, commit, key strin
 	if last.id, err = r.send(ctx, commit, last.id, final); err != nil {
 		return err
 	}
-	last.version, last.completed = s.Version, s.State.Terminal()
+	last.version, last.completed = s.Version, final.Status == "completed"
 	f.checks.Put(key, last, 1)
 	return nil
 }
@@ -238,12 +238,14 @@ func request(s forge.Status) checkRunRequest {
 		c.StartedAt = gh.Ptr(s.StartedAt.UTC().Truncate(time.Second))
 	}
 	c.Status = "completed"
-	switch s.State {
-	case forge.StatusPending:
+	switch {
+	case s.State == forge.StatusPending && slices.Contains(s.Actions, forge.ActionApprove):
+		c.Conclusion = "action_required" // only then is it certain that the button is shown
+	case s.State == forge.StatusPending:
 		c.Status = "queued"
-	case forge.StatusRunning:
+	case s.State == forge.StatusRunning:
 		c.Status = "in_progress"
-	case forge.StatusError:
+	case s.State == forge.StatusError:
 		c.Conclusion = "failure" // GitHub has no word for it that holds up a merge and asks nobody to act
 	default:
 		c.Conclusion = string(s.State) // success, failure, cancelled and skipped are GitHub's own words
