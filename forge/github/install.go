@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	gh "github.com/google/go-github/v88/github"
@@ -35,6 +36,7 @@ type installation struct {
 	client *gh.Client // as the installation
 	lock   chan struct{}
 	token  token // under lock
+	gone   atomic.Bool
 }
 
 // installation finds the App's for a repository.
@@ -44,7 +46,7 @@ func (f *Forge) installation(ctx context.Context, r repository) (*installation, 
 		return nil, err
 	}
 	defer unlock()
-	if i, ok := f.repos.Get(r.key()); ok {
+	if i, ok := f.repos.Get(r.key()); ok && !i.gone.Load() {
 		return i, nil
 	}
 	found, _, err := f.asApp.Apps.GetRepositoryInstallation(ctx, r.owner, r.name)
@@ -70,7 +72,7 @@ func (f *Forge) installed(ctx context.Context, id int64) (*installation, error) 
 		return nil, err
 	}
 	defer unlock()
-	if i, ok := f.installs.Get(id); ok {
+	if i, ok := f.installs.Get(id); ok && !i.gone.Load() {
 		return i, nil
 	}
 	i := &installation{f: f, id: id, lock: make(chan struct{}, 1)}
@@ -90,7 +92,7 @@ func (i *installation) get(ctx context.Context, refused string) (string, error) 
 	}
 	defer func() { <-i.lock }()
 	if !i.token.fresh() || i.token.text == refused {
-		t, err := i.f.mint(ctx, i.id, nil)
+		t, err := i.mint(ctx, &gh.InstallationTokenOptions{})
 		if err != nil {
 			return "", err
 		}
@@ -99,14 +101,19 @@ func (i *installation) get(ctx context.Context, refused string) (string, error) 
 	return i.token.text, nil
 }
 
-// mint asks for a token of an installation.
-func (f *Forge) mint(ctx context.Context, id int64, o *gh.InstallationTokenOptions) (token, error) {
-	t, _, err := f.asApp.Apps.CreateInstallationToken(ctx, id, o)
+// mint asks for a token. An App that is installed anew has another installation,
+// which is found at the next call.
+func (i *installation) mint(ctx context.Context, o *gh.InstallationTokenOptions) (token, error) {
+	t, _, err := i.f.asApp.Apps.CreateInstallationToken(ctx, i.id, o)
 	if err == nil && t.GetToken() == "" {
 		err = errors.New("the answer has no token")
 	}
+	if err = fail(ctx, err, "ask for a token of installation %d", i.id); isNotFound(err) {
+		i.gone.Store(true)
+		return token{}, fmt.Errorf("%w: the App may have been installed anew: %w", forge.ErrUnavailable, err)
+	}
 	if err != nil {
-		return token{}, fail(ctx, err, "ask for a token of installation %d", id)
+		return token{}, err
 	}
 	return token{t.GetToken(), t.GetExpiresAt().Time}, nil
 }
@@ -172,11 +179,10 @@ func (f *Forge) cloneToken(ctx context.Context, r repository) (token, error) {
 	if t, ok := f.clones.Get(r.key()); ok && t.fresh() {
 		return t, nil
 	}
-	t, err := f.mint(ctx, r.install.id, &gh.InstallationTokenOptions{
+	t, err := r.install.mint(ctx, &gh.InstallationTokenOptions{
 		Repositories: []string{r.name}, Permissions: &gh.InstallationPermissions{Contents: gh.Ptr("read")},
 	})
 	if err != nil {
-		f.repos.Delete(r.key()) // it may be installed anew
 		return token{}, err
 	}
 	f.clones.Put(r.key(), t, 1)

@@ -50,6 +50,8 @@ type Server struct {
 	// MaxFiles is how many files a comparison lists, MaxTree how many entries a
 	// tree; 0: 300 and 100,000, as at GitHub.
 	MaxFiles, MaxTree int
+	// StaleMerges: a merge commit stays that of an older head.
+	StaleMerges bool
 	// Observe, when not nil, sees each request to the API with a body, which was
 	// carried out.
 	Observe func(method, pattern string, body []byte)

@@ -241,7 +241,7 @@ func (s *Server) getPull(c call) (int, any, error) {
 	}
 	switch {
 	case p.State != "open":
-	case p.tried == base+head:
+	case p.tried == base+head || s.StaleMerges && p.merge != "":
 		out["mergeable"] = p.merge != ""
 	default:
 		p.tried, p.merge = base+head, ""
