@@ -64,9 +64,25 @@ func (r *Repos) Create(ctx context.Context, name string) error {
 	if _, err := r.git.Output(ctx, gitcmd.Options{}, "init", "-q", "--bare", "-b", "main", "--", dir); err != nil {
 		return err
 	}
-	// Forges give any commit that they have.
-	_, err := r.Git(ctx, name, "", "config", "uploadpack.allowAnySHA1InWant", "true")
-	return err
+	f, err := os.OpenFile(filepath.Join(dir, "config"), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString("[uploadpack]\n\tallowAnySHA1InWant = true\n") // as forges do
+	return errors.Join(err, f.Close())
+}
+
+// tip reads a ref that git has not packed, which these repositories never do.
+func (r *Repos) tip(name, ref string) (string, error) {
+	dir, err := r.Dir(name)
+	if err != nil {
+		return "", err
+	}
+	data, err := os.ReadFile(filepath.Join(dir, filepath.FromSlash(ref)))
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrNotFound, err)
+	}
+	return strings.TrimSpace(string(data)), nil
 }
 
 // Git runs git in a repository and gives what it printed.
@@ -94,7 +110,7 @@ func (r *Repos) Commit(ctx context.Context, name, ref string, files map[string]F
 	var in strings.Builder
 	message := fmt.Sprintf("commit %d\n", r.commits.Add(1))
 	fmt.Fprintf(&in, "commit %s\ncommitter A <a@example.org> 1700000000 +0000\ndata %d\n%s\n", ref, len(message), message)
-	if _, err := r.Git(ctx, name, "", "rev-parse", "-q", "--verify", "--end-of-options", ref); err == nil {
+	if _, err := r.tip(name, ref); err == nil {
 		fmt.Fprintf(&in, "from %s^0\n", ref)
 	} else if len(parents) > 0 {
 		fmt.Fprintf(&in, "from %s\n", parents[0])
@@ -114,7 +130,7 @@ func (r *Repos) Commit(ctx context.Context, name, ref string, files map[string]F
 	if _, err := r.Git(ctx, name, in.String(), "fast-import", "--quiet", "--force"); err != nil {
 		return "", err
 	}
-	return r.Resolve(ctx, name, ref)
+	return r.tip(name, ref)
 }
 
 // Resolve gives the name of the object that a revision names.
@@ -125,13 +141,16 @@ func (r *Repos) Resolve(ctx context.Context, name, rev string) (string, error) {
 
 // Object gives an object's type and content.
 func (r *Repos) Object(ctx context.Context, name, object string) (kind string, data []byte, err error) {
-	out, err := r.Git(ctx, name, "", "cat-file", "-t", object)
+	out, err := r.Git(ctx, name, object+"\n", "cat-file", "--batch")
 	if err != nil {
 		return "", nil, err
 	}
-	kind = strings.TrimSpace(out)
-	out, err = r.Git(ctx, name, "", "cat-file", kind, object)
-	return kind, []byte(out), err
+	head, rest, _ := strings.Cut(out, "\n")
+	fields := strings.Fields(head)
+	if len(fields) != 3 {
+		return "", nil, fmt.Errorf("%w: object %q", ErrNotFound, object)
+	}
+	return fields[1], []byte(strings.TrimSuffix(rest, "\n")), nil
 }
 
 // Entry is one line of a tree; Path is whole in a recursive listing.
