@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/solstice-ci/solstice-go/internal/gitcmd"
@@ -29,6 +30,7 @@ type Repos struct {
 	git     *gitcmd.Git
 	root    string
 	commits atomic.Int64
+	objects sync.Map // of *gitcmd.Objects, by directory: to start a git for each takes long
 }
 
 // File is one file of a tree.
@@ -141,16 +143,16 @@ func (r *Repos) Resolve(ctx context.Context, name, rev string) (string, error) {
 
 // Object gives an object's type and content.
 func (r *Repos) Object(ctx context.Context, name, object string) (kind string, data []byte, err error) {
-	out, err := r.Git(ctx, name, object+"\n", "cat-file", "--batch")
+	dir, err := r.Dir(name)
 	if err != nil {
 		return "", nil, err
 	}
-	head, rest, _ := strings.Cut(out, "\n")
-	fields := strings.Fields(head)
-	if len(fields) != 3 {
-		return "", nil, fmt.Errorf("%w: object %q", ErrNotFound, object)
+	reader, _ := r.objects.LoadOrStore(dir, r.git.Objects(gitcmd.Options{GitDir: dir}))
+	kind, data, err = reader.(*gitcmd.Objects).Read(ctx, object, 64<<20)
+	if errors.Is(err, gitcmd.ErrNoObject) {
+		err = fmt.Errorf("%w: %w", ErrNotFound, err)
 	}
-	return fields[1], []byte(strings.TrimSuffix(rest, "\n")), nil
+	return kind, data, err
 }
 
 // Entry is one line of a tree; Path is whole in a recursive listing.
