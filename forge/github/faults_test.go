@@ -1,7 +1,6 @@
 package github_test
 
 import (
-	"context"
 	"encoding/base64"
 	"errors"
 	"io"
@@ -139,13 +138,21 @@ func TestRedirectOfARenamedRepository(t *testing.T) {
 }
 
 func TestEndlessAnswer(t *testing.T) {
+	object := strings.Repeat("a", 40)
 	f, err := github.Open(github.Config{Token: "secret", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
-		return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Request: r, Body: io.NopCloser(endless{})}, nil
+		var body io.Reader = endless{}
+		switch {
+		case strings.Contains(r.URL.Path, "/git/commits/"):
+			body = strings.NewReader(`{"tree":{"sha":"` + object + `"}}`)
+		case strings.Contains(r.URL.Path, "/git/trees/"):
+			body = strings.NewReader(`{"tree":[{"path":"a","type":"blob","mode":"100644","size":1,"sha":"` + object + `"}]}`)
+		}
+		return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Request: r, Body: io.NopCloser(body)}, nil
 	})})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.CloneInfo(t.Context(), forge.Repo{Owner: "a", Name: "b"}, forge.CloneOptions{}); !errors.Is(err, forge.ErrTooLarge) {
+	if _, err := f.ReadFile(t.Context(), forge.Repo{Owner: "a", Name: "b"}, object, "a"); !errors.Is(err, forge.ErrTooLarge) {
 		t.Error(err)
 	}
 }
@@ -153,9 +160,7 @@ func TestEndlessAnswer(t *testing.T) {
 type endless struct{}
 
 func (endless) Read(p []byte) (int, error) {
-	for i := range p {
-		p[i] = ' '
-	}
+	clear(p)
 	return len(p), nil
 }
 
@@ -328,7 +333,7 @@ func TestCommentOfAStranger(t *testing.T) {
 			t.Fatal(err)
 		}
 		ours := r.Comments(repo.FullName(), pr.Number)[0]
-		stranger := r.pull2(t, repo)
+		stranger := r.OpenPull(repo.FullName(), "topic", "main")
 		r.AddComment(repo.FullName(), stranger, fake.User{ID: 77, Login: "stranger"}, ours.Body)
 		if err := r.Comment(t.Context(), repo, stranger, "k", "ours, too"); err != nil {
 			t.Fatal(err)
@@ -337,11 +342,6 @@ func TestCommentOfAStranger(t *testing.T) {
 			t.Errorf("%+v", all)
 		}
 	}
-}
-
-// pull2 opens another pull request from the same branch.
-func (r rig) pull2(_ *testing.T, repo forge.Repo) int {
-	return r.OpenPull(repo.FullName(), "topic", "main")
 }
 
 // Where a comparison or a tree is cut off that is not taken for all.
@@ -411,7 +411,7 @@ func TestOpen(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := f.CloneInfo(context.Background(), forge.Repo{Owner: "a", Name: "b"}, forge.CloneOptions{})
+		c, err := f.CloneInfo(t.Context(), forge.Repo{Owner: "a", Name: "b"}, forge.CloneOptions{})
 		if err != nil || asked != tc.wantAPI || c.URL != tc.wantClone {
 			t.Errorf("%+v: %v, asked %s, clone from %s", tc, err, asked, c.URL)
 		}

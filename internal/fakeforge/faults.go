@@ -101,7 +101,7 @@ func (f *Faults) Handler(h http.Handler) http.Handler {
 			w.WriteHeader(http.StatusTemporaryRedirect)
 		default:
 			w.WriteHeader(fault.Status)
-			io.WriteString(w, `{"message":"injected"}`)
+			_, _ = io.WriteString(w, `{"message":"injected"}`)
 		}
 	})
 }

@@ -168,7 +168,8 @@ func New(ctx context.Context, dir string) (*Server, error) {
 	}, nil
 }
 
-var appKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
+// Small, for it is made in every process of a fuzz test.
+var appKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 1024) }) //nolint:gosec // proves nothing
 
 // AppKey is the App's private key, PEM.
 func AppKey() ([]byte, error) {
