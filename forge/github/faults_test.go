@@ -106,23 +106,40 @@ func (r rig) impatient(t *testing.T) *github.Forge {
 
 // After a limit nothing is asked until it is over.
 func TestLimitIsKept(t *testing.T) {
-	reset := time.Now().Add(10 * time.Minute)
-	for name, header := range map[string]map[string]string{
-		"primary": {"X-RateLimit-Remaining": "0", "X-RateLimit-Limit": "5000", "X-RateLimit-Reset": strconv.FormatInt(reset.Unix(), 10)},
+	for name, tc := range map[string]struct {
+		header map[string]string
+		docs   string
+	}{
+		"primary": {map[string]string{
+			"X-RateLimit-Remaining": "0", "X-RateLimit-Limit": "5000", "X-RateLimit-Reset": strconv.FormatInt(time.Now().Add(10*time.Minute).Unix(), 10),
+		}, ""},
+		"secondary": {map[string]string{"Retry-After": "600"}, "https://docs.github.com/rest/overview/resources-in-the-rest-api#secondary-rate-limits"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := start(t, false, nil)
-			repo, commit := r.committed(t)
-			r.Faults.Add(fakeforge.Fault{Status: http.StatusForbidden, Header: header})
+			asked := 0
+			f, err := github.Open(github.Config{Token: "secret", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+				asked++
+				resp := &http.Response{
+					StatusCode: http.StatusForbidden, Header: http.Header{}, Request: r,
+					Body: io.NopCloser(strings.NewReader(`{"message":"slow down","documentation_url":"` + tc.docs + `"}`)),
+				}
+				for key, value := range tc.header {
+					resp.Header.Set(key, value)
+				}
+				return resp, nil
+			})})
+			if err != nil {
+				t.Fatal(err)
+			}
 			for range 2 {
-				_, err := r.ListFiles(t.Context(), repo, commit, "")
+				_, err := f.Heads(t.Context(), forge.Repo{Owner: "a", Name: "b"})
 				var retry *forge.RetryError
 				if !errors.As(err, &retry) || retry.After < 9*time.Minute || retry.After > 10*time.Minute {
 					t.Errorf("%v, after %v", err, retry)
 				}
 			}
-			if n := r.Faults.Calls("GET " + fake.API + "/repos/team/repo/git/commits/" + commit); n != 1 {
-				t.Errorf("%d requests", n)
+			if asked != 1 {
+				t.Errorf("%d requests", asked)
 			}
 		})
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"strings"
 	"testing"
@@ -342,8 +343,49 @@ func TestPayloads(t *testing.T) {
 		"ignored": 664, "installation added": 13, "installation removed": 12, "ping": 11, "push": 2, "tag": 6,
 		"pull_request opened": 11, "pull_request synchronized": 1, "pull_request reopened": 2, "pull_request closed": 4,
 	}
-	if got, expected := fmt.Sprint(counts), fmt.Sprint(want); got != expected {
-		t.Errorf("the payloads are %v,\nwant %v", got, expected)
+	if !maps.Equal(counts, want) {
+		t.Errorf("the payloads are %v,\nwant %v", counts, want)
+	}
+}
+
+// The buttons of recorded payloads, made ours.
+func TestRecordedButtons(t *testing.T) {
+	r := start(t, true, nil)
+	var events []struct {
+		Name     string           `json:"name"`
+		Examples []map[string]any `json:"examples"`
+	}
+	if err := json.Unmarshal(testenv.Fixture(t, "github-webhooks-7.6.1/api.github.com/index.json"), &events); err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]int{}
+	for _, e := range events {
+		for _, p := range e.Examples {
+			check, ok := p[e.Name].(map[string]any)
+			if !ok || !strings.HasPrefix(e.Name, "check_") {
+				continue
+			}
+			check["external_id"] = "3:run/job"
+			check["app"].(map[string]any)["id"] = fake.AppID
+			if p["requested_action"] != nil {
+				p["requested_action"] = map[string]any{"identifier": "approve"}
+			}
+			body, err := json.Marshal(p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			event, err := parse(t, r, e.Name, body, []byte("secret"))
+			if errors.Is(err, forge.ErrIgnored) {
+				continue
+			}
+			if err != nil || event.Commit != check["head_sha"] || event.Sender.ID == "" {
+				t.Errorf("%s %v: %+v, %v", e.Name, p["action"], event, err)
+			}
+			got[string(event.Kind)+" "+event.ExternalID]++
+		}
+	}
+	if want := map[string]int{"rerun run/job": 2, "rerun ": 2, "approve run/job": 1}; !maps.Equal(got, want) {
+		t.Errorf("the events are %v, want %v", got, want)
 	}
 }
 
