@@ -2,6 +2,7 @@
 package hook
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -27,7 +28,9 @@ func Body(r *http.Request) ([]byte, error) {
 	if r.ContentLength > forge.MaxWebhookBytes {
 		return nil, fmt.Errorf("%w: webhook of %d bytes", forge.ErrTooLarge, r.ContentLength)
 	}
-	body, err := io.ReadAll(io.LimitReader(r.Body, forge.MaxWebhookBytes+1))
+	var b bytes.Buffer // which doubles; io.ReadAll copies a large body many times
+	_, err := b.ReadFrom(io.LimitReader(r.Body, forge.MaxWebhookBytes+1))
+	body := b.Bytes()
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge) || len(body) > forge.MaxWebhookBytes:
