@@ -99,6 +99,9 @@ type Command struct {
 	Output io.Writer
 	// Logger is told when it ends and is started again; nil: nobody.
 	Logger *slog.Logger
+	// Dir is where the directory of its socket is made, which this process leaves
+	// there only when it is killed; empty: the system's for temporary files.
+	Dir string
 
 	ConnectTimeout, CallTimeout time.Duration // as in Config
 }
@@ -107,7 +110,7 @@ type Command struct {
 // ends. Its standard input is a pipe that ends with this process, however that
 // ends, and the plugin should do so then.
 func Start(ctx context.Context, c Command) (*Forge, error) {
-	f, stop, err := plugin.Start(ctx, plugin.Command{Argv: c.Argv, Env: c.Env, Output: c.Output, Logger: c.Logger}, wraps,
+	f, stop, err := plugin.Start(ctx, plugin.Command{Argv: c.Argv, Env: c.Env, Output: c.Output, Logger: c.Logger, Dir: c.Dir}, wraps,
 		func(ctx context.Context, target string) (*Forge, error) {
 			return Open(ctx, Config{Target: target, ConnectTimeout: c.ConnectTimeout, CallTimeout: c.CallTimeout})
 		})

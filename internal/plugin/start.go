@@ -24,11 +24,15 @@ type Command struct {
 	Env    []string
 	Output io.Writer
 	Logger *slog.Logger
+	Dir    string
 }
 
 // How a plugin is asked to end: its standard input does and it gets SIGTERM, then,
 // after stopTimeout, SIGKILL.
 const stopTimeout = drain + 5*time.Second
+
+// longestSocket is the least that a system has: macOS and the BSDs 103, Linux 107.
+const longestSocket = 103
 
 // Start starts a plugin, and starts it again, with growing pauses, whenever it
 // ends; open connects to it. Its standard input is a pipe that ends with this
@@ -44,11 +48,20 @@ func Start[P any](ctx context.Context, c Command, e Errors, open func(ctx contex
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	dir, err := os.MkdirTemp("", "solstice-plugin-")
+	pattern := "solstice-plugin-"
+	if c.Dir != "" {
+		pattern = "" // names of sockets are short
+	}
+	dir, err := os.MkdirTemp(c.Dir, pattern)
 	if err != nil {
 		return none, nil, err
 	}
-	target := "unix:" + filepath.Join(dir, "socket")
+	socket := filepath.Join(dir, "socket")
+	if len(socket) > longestSocket {
+		err := fmt.Errorf("%w: %s is longer than the %d bytes that a Unix socket's name may have", e.Invalid, socket, longestSocket)
+		return none, nil, errors.Join(err, os.Remove(dir))
+	}
+	target := "unix:" + socket
 	c.Argv = append(append([]string(nil), c.Argv...), "--listen", target)
 	run, end := context.WithCancel(context.Background())
 	var over sync.WaitGroup
