@@ -82,13 +82,13 @@ func (e Event) Validate() error {
 	default:
 		return fmt.Errorf("%w: kind of event %.80q", ErrInvalid, e.Kind)
 	}
-	if (needsRef || e.Ref != "") && (!strings.HasPrefix(e.Ref, prefix) || !isRef(e.Ref)) {
+	if (needsRef || e.Ref != "") && (!strings.HasPrefix(e.Ref, prefix) || !IsRef(e.Ref)) {
 		return fmt.Errorf("%w: ref %.80q", ErrInvalid, e.Ref)
 	}
-	if (needsCommit || e.Commit != "") && !isObject(e.Commit) {
+	if (needsCommit || e.Commit != "") && !IsCommit(e.Commit) {
 		return fmt.Errorf("%w: commit %.80q", ErrInvalid, e.Commit)
 	}
-	if e.Before != "" && !isObject(e.Before) {
+	if e.Before != "" && !IsCommit(e.Before) {
 		return fmt.Errorf("%w: commit %.80q", ErrInvalid, e.Before)
 	}
 	if e.PullRequest != nil {
@@ -102,16 +102,16 @@ func (p PullRequest) validate() error {
 		return fmt.Errorf("%w: pull request %d", ErrInvalid, p.Number)
 	}
 	for _, c := range []string{p.HeadCommit, p.BaseCommit} {
-		if c != "" && !isObject(c) {
+		if c != "" && !IsCommit(c) {
 			return fmt.Errorf("%w: commit %.80q of pull request %d", ErrInvalid, c, p.Number)
 		}
 	}
 	for _, branch := range []string{p.HeadRef, p.BaseRef} {
-		if branch != "" && !isRef("refs/heads/"+branch) {
+		if branch != "" && !IsRef("refs/heads/"+branch) {
 			return fmt.Errorf("%w: branch %.80q of pull request %d", ErrInvalid, branch, p.Number)
 		}
 	}
-	if p.MergeRef != "" && !isRef(p.MergeRef) {
+	if p.MergeRef != "" && !IsRef(p.MergeRef) {
 		return fmt.Errorf("%w: ref %.80q of pull request %d", ErrInvalid, p.MergeRef, p.Number)
 	}
 	if !oneLine(p.Author.ID) {
@@ -123,13 +123,13 @@ func (p PullRequest) validate() error {
 	return p.HeadRepo.Validate()
 }
 
-// isObject: a full object name, of SHA-1 or SHA-256, in lower-case hex.
-func isObject(s string) bool {
+// IsCommit reports whether s is a full object name, of SHA-1 or SHA-256, in lower-case hex.
+func IsCommit(s string) bool {
 	return (len(s) == 40 || len(s) == 64) && strings.Trim(s, "0123456789abcdef") == ""
 }
 
-// isRef: a full ref name by the rules of git-check-ref-format(1).
-func isRef(s string) bool {
+// IsRef reports whether s is a full ref name by the rules of git-check-ref-format(1).
+func IsRef(s string) bool {
 	if !strings.HasPrefix(s, "refs/") || len(s) > 1024 || !oneLine(s) || strings.ContainsAny(s, " ~^:?*[\\") ||
 		strings.Contains(s, "..") || strings.Contains(s, "@{") || strings.HasSuffix(s, ".") {
 		return false

@@ -227,7 +227,8 @@ func sum(ds []time.Duration) (s time.Duration) {
 // floor, in turns; and the machine of each destroyed while it runs. Under
 // emulation.
 func BenchmarkColdVM(b *testing.B) {
-	edit, server := inGuests(b)
+	server := testenv.StartLibvirt(b)
+	edit := inGuests(b, server)
 	m := newMoments()
 	p := newPlant(b, testenv.SQLite(b))
 	var pool solstice.Pool
@@ -265,7 +266,7 @@ func BenchmarkColdVM(b *testing.B) {
 // BenchmarkWarmVM has a job claimed by a warm machine until its first step is known
 // to have begun, and until a follower has the step's first line.
 func BenchmarkWarmVM(b *testing.B) {
-	edit, _ := inGuests(b)
+	edit := inGuests(b, testenv.StartLibvirt(b))
 	m := newMoments()
 	p := newPlant(b, testenv.SQLite(b))
 	eng, _ := p.start(b, edit, func(c *solstice.Config) { c.Logger, c.Pools[0].Warm = slog.New(m), 1 })
@@ -321,7 +322,7 @@ func BenchmarkVMPool(b *testing.B) {
 	}
 	for _, warm := range []int{0, 2} {
 		b.Run(fmt.Sprintf("warm=%d", warm), func(b *testing.B) {
-			edit, _ := inGuests(b)
+			edit := inGuests(b, testenv.StartLibvirt(b))
 			p := newPlant(b, testenv.SQLite(b))
 			eng, _ := p.start(b, edit, func(c *solstice.Config) { c.Pools[0].Warm = warm })
 			if warm > 0 {

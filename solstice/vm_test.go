@@ -45,7 +45,7 @@ func guestsOn(t testing.TB, s *testenv.LibvirtServer, web *http.ServeMux, addr s
 	srv := httptest.NewServer(web)
 	t.Cleanup(srv.Close)
 	return &guests{
-		URI: s.URI, Storage: s.Pool, StoragePath: s.PoolPath, Image: testenv.MiniGuest(t),
+		URI: s.URI, Storage: s.Pool, StoragePath: s.PoolPath, Image: s.Image(t, testenv.MiniGuest(t)),
 		Contact: fromGuest(t, addr), RunnerURL: "http://" + fromGuest(t, srv.Listener.Addr().String()) + "/runner", SHA256: sum,
 	}
 }
@@ -63,9 +63,8 @@ func fromGuest(t testing.TB, addr string) string {
 
 // inGuests makes the plant's only pool one of virtual machines, which boot the
 // mini guest and reach this host at 10.0.2.2.
-func inGuests(t testing.TB) (edit func(*solstice.Config), server *testenv.LibvirtServer) {
+func inGuests(t testing.TB, server *testenv.LibvirtServer) (edit func(*solstice.Config)) {
 	t.Helper()
-	server = testenv.StartLibvirt(t)
 	agents, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +84,7 @@ func inGuests(t testing.TB) (edit func(*solstice.Config), server *testenv.Libvir
 		pool := &c.Pools[0]
 		pool.Provider, pool.Capacity = vms, 2
 		g.serve(pool)
-	}, server
+	}
 }
 
 // nothingRuns asserts that no domain and no file of one is left.
@@ -98,9 +97,10 @@ func nothingRuns(t *testing.T, s *testenv.LibvirtServer) {
 }
 
 // TestJobsInVMs: a matrix and what needs it, each job in a virtual machine of its
-// own, the repository by way of the agents' endpoint.
+// own, the repository by way of the agents' endpoint. Nothing of libvirt is root's.
 func TestJobsInVMs(t *testing.T) {
-	edit, server := inGuests(t)
+	server := testenv.StartLibvirtSession(t) // the system's has the faults
+	edit := inGuests(t, server)
 	p := newPlant(t, testenv.SQLite(t))
 	p.commit(t, map[string]string{"greeting": "hello from the repository\n"})
 	eng, _ := p.start(t, edit)

@@ -75,7 +75,7 @@ func (f *flags) poolsOfFile(ctx context.Context, dir string, cfg *solstice.Confi
 			machines, err := provide(processvm.Config{Command: agent.Command()})
 			return pools.Machines{Provider: machines, Host: host}, err
 		}),
-		ImageDir: images, Agents: f.Runner.Agents(dir), Logger: cfg.Logger,
+		ImageDir: images, PluginDir: filepath.Join(dir, "plugins"), Agents: f.Runner.Agents(dir), Logger: cfg.Logger,
 	})
 	if err != nil {
 		return nil, problem("cannot make machines as --pools says", err, "")

@@ -201,7 +201,7 @@ func (c *runCmd) run(ctx context.Context, state string) (code int, err error) {
 		DB: db, Queue: q, Logs: logs, Logger: slog.Default(), MaxConcurrency: c.Jobs,
 		Forges: map[string]forge.Forge{"local": repo},
 	}
-	machines, err := c.machines(ctx, &cfg, pools.Machines{Provider: provider, Host: "local"})
+	machines, err := c.machines(ctx, &cfg, state, pools.Machines{Provider: provider, Host: "local"})
 	if err != nil {
 		return 0, err
 	}

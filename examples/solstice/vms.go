@@ -27,7 +27,7 @@ type machines struct {
 }
 
 // machines opens the pools of --pools and has the engine serve their guests.
-func (c *runCmd) machines(ctx context.Context, cfg *solstice.Config, here pools.Machines) (m *machines, err error) {
+func (c *runCmd) machines(ctx context.Context, cfg *solstice.Config, state string, here pools.Machines) (m *machines, err error) {
 	if c.Pools == "" {
 		return &machines{}, nil
 	}
@@ -55,7 +55,7 @@ func (c *runCmd) machines(ctx context.Context, cfg *solstice.Config, here pools.
 	}()
 	m.set, err = file.Open(ctx, pools.Options{
 		Process:  func() (pools.Machines, error) { return here, nil },
-		ImageDir: c.ImageDir, Agents: agents, Logger: slog.Default(),
+		ImageDir: c.ImageDir, PluginDir: pluginDir(state), Agents: agents, Logger: slog.Default(),
 	})
 	if err != nil {
 		return m, problem("cannot make machines as --pools says", err, "")
@@ -82,6 +82,9 @@ func (c *runCmd) machines(ctx context.Context, cfg *solstice.Config, here pools.
 	}
 	return m, nil
 }
+
+// pluginDir is where the sockets of a run's plugins are.
+func pluginDir(state string) string { return filepath.Join(state, "plugins") }
 
 // runnerDir is where the agents for guests are.
 func (c *runCmd) runnerDir() (string, error) {
@@ -175,7 +178,7 @@ func sweepMachines(state string) (err error) {
 	defer cancel()
 	set, err := file.Open(ctx, pools.Options{
 		Process:  func() (pools.Machines, error) { return pools.Machines{}, nil }, // swept by directory
-		ImageDir: l.ImageDir,
+		ImageDir: l.ImageDir, PluginDir: pluginDir(state),
 	})
 	if err != nil {
 		return err

@@ -3,12 +3,17 @@ package testenv
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 )
@@ -20,13 +25,30 @@ type LibvirtServer struct {
 	URI      string
 	Pool     string // storage pool of type dir
 	PoolPath string
+	Images   string // directory for images, which QEMU may read
 
-	dir string
+	dir     string
+	uid     int    // whose libvirtd it is; root's is the system's
+	pidPath string // of the files with the pids of QEMUs
 }
 
 // StartLibvirt starts a libvirtd, in the network namespace of this process; it
 // needs root.
 func StartLibvirt(t testing.TB) *LibvirtServer {
+	t.Helper()
+	return startLibvirt(t, 0)
+}
+
+// StartLibvirtSession starts a libvirtd as a user without privileges has it, for
+// qemu:///session.
+func StartLibvirtSession(t testing.TB) *LibvirtServer {
+	t.Helper()
+	return startLibvirt(t, nobody)
+}
+
+const nobody = 65534
+
+func startLibvirt(t testing.TB, uid int) *LibvirtServer {
 	t.Helper()
 	for program, pkg := range map[string]string{
 		"libvirtd": "libvirt-daemon-system", "virsh": "libvirt-clients", "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "tini": "tini",
@@ -38,10 +60,15 @@ func StartLibvirt(t testing.TB) *LibvirtServer {
 	if os.Geteuid() != 0 {
 		Missing(t, "libvirt with QEMU", "a libvirtd of one's own needs root")
 	}
-	s := &LibvirtServer{Pool: "solstice"}
+	s := &LibvirtServer{Pool: "solstice", uid: uid}
 	private(t, "libvirt", func(dir string) error {
-		s.dir, s.PoolPath = dir, filepath.Join(dir, "pool")
-		s.URI = "qemu:///system?socket=" + filepath.Join(dir, "sock/libvirt-sock")
+		s.dir, s.PoolPath, s.Images = dir, filepath.Join(dir, "pool"), filepath.Join(dir, "images")
+		s.pidPath = filepath.Join(dir, "run/libvirt/qemu")
+		path := "/system"
+		if uid != 0 {
+			path, s.pidPath = "/session", filepath.Join(dir, "user/libvirt/qemu/run")
+		}
+		s.URI = "qemu://" + path + "?socket=" + s.socket()
 		return s.launch()
 	})
 	t.Cleanup(func() {
@@ -78,15 +105,18 @@ security_driver = "none"' >/etc/libvirt/qemu.conf
 exec tini -- sleep infinity
 `
 
+func (s *LibvirtServer) socket() string { return filepath.Join(s.dir, "sock/libvirt-sock") }
+
 func (s *LibvirtServer) launch() error {
-	for _, d := range []string{"sock", "pool"} {
-		if err := os.Mkdir(filepath.Join(s.dir, d), 0o700); err != nil {
+	for _, d := range []string{".", "sock", "pool", "images", "user"} {
+		d = filepath.Join(s.dir, d)
+		if err := errors.Join(os.MkdirAll(d, 0o700), os.Chown(d, s.uid, s.uid)); err != nil {
 			return err
 		}
 	}
 	conf := fmt.Sprintf("unix_sock_dir = %q\nauth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\nlog_outputs = \"3:file:%s\"\n",
 		filepath.Join(s.dir, "sock"), filepath.Join(s.dir, "messages.log"))
-	if err := os.WriteFile(filepath.Join(s.dir, "libvirtd.conf"), []byte(conf), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(s.dir, "libvirtd.conf"), []byte(conf), 0o644); err != nil {
 		return err
 	}
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + s.dir}
@@ -127,11 +157,13 @@ func (s *LibvirtServer) inside(argv ...string) ([]string, error) {
 }
 
 func (s *LibvirtServer) start() error {
-	argv, err := s.inside("libvirtd", "-f", filepath.Join(s.dir, "libvirtd.conf"), "-p", filepath.Join(s.dir, "daemon"))
+	id := strconv.Itoa(s.uid)
+	argv, err := s.inside("setpriv", "--reuid="+id, "--regid="+id, "--clear-groups",
+		"libvirtd", "-f", filepath.Join(s.dir, "libvirtd.conf"), "-p", filepath.Join(s.dir, "daemon"))
 	if err != nil {
 		return err
 	}
-	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + s.dir}
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + s.dir, "XDG_RUNTIME_DIR=" + filepath.Join(s.dir, "user")}
 	if err := spawn(s.dir, "libvirtd", env, argv...); err != nil {
 		return err
 	}
@@ -139,6 +171,23 @@ func (s *LibvirtServer) start() error {
 		_, err := s.virsh("list")
 		return err
 	}, "libvirtd.log", "messages.log")
+}
+
+// Image gives a place where QEMU may read an image file.
+func (s *LibvirtServer) Image(t testing.TB, file string) string {
+	t.Helper()
+	if s.uid == 0 {
+		return file
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file = filepath.Join(s.Images, filepath.Base(file))
+	if err := os.WriteFile(file, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return file
 }
 
 func (s *LibvirtServer) virsh(args ...string) (string, error) {
@@ -191,6 +240,57 @@ func (s *LibvirtServer) FullPool(t testing.TB, pool string) (makeRoom func(testi
 		t.Helper()
 		s.run(t, `rm "$1/filler"`, dir)
 	}
+}
+
+// Remote forwards a TCP port of the loopback to libvirtd, at which it is one of
+// another host to libvirt: uri. cut closes the connections that there are.
+func (s *LibvirtServer) Remote(t testing.TB) (uri string, cut func()) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var open []net.Conn
+	cut = func() {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, c := range open {
+			_ = c.Close()
+		}
+		open = nil
+	}
+	t.Cleanup(func() {
+		_ = l.Close()
+		cut()
+	})
+	go func() {
+		for {
+			from, err := l.Accept()
+			if err != nil {
+				return
+			}
+			to, err := net.Dial("unix", s.socket())
+			if err != nil {
+				_ = from.Close()
+				continue
+			}
+			mu.Lock()
+			open = append(open, from, to)
+			mu.Unlock()
+			forward := func(to, from net.Conn) {
+				_, _ = io.Copy(to, from)
+				_, _ = to.Close(), from.Close()
+			}
+			go forward(to, from)
+			go forward(from, to)
+		}
+	}()
+	u, err := url.Parse(s.URI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "qemu+tcp://" + l.Addr().String() + u.Path, cut
 }
 
 // run runs a shell script in the namespaces.
@@ -257,7 +357,7 @@ func (s *LibvirtServer) Resume(t testing.TB) {
 // SignalGuest sends a signal to the QEMU of a domain.
 func (s *LibvirtServer) SignalGuest(t testing.TB, name string, sig syscall.Signal) {
 	t.Helper()
-	s.signal(t, sig, filepath.Join(s.dir, "run/libvirt/qemu", name+".pid"))
+	s.signal(t, sig, filepath.Join(s.pidPath, name+".pid"))
 }
 
 // Guests are the names of the domains that have a QEMU process, whatever libvirtd
@@ -284,7 +384,7 @@ func (s *LibvirtServer) Foreigners(t testing.TB) (untouched func(testing.TB)) {
 	s.Virsh(t, "vol-create-as", s.Pool, Foreign, "1M")
 	look := func(t testing.TB) string {
 		t.Helper()
-		pid, err := os.ReadFile(filepath.Join(s.dir, "run/libvirt/qemu", Foreign+".pid"))
+		pid, err := os.ReadFile(filepath.Join(s.pidPath, Foreign+".pid"))
 		if err != nil {
 			t.Error(err)
 		}

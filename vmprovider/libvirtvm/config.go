@@ -81,7 +81,7 @@ type Config struct {
 	Max int
 
 	// CPUQuota is how much of a host's CPU each of a guest's may use, as in 0.5;
-	// 0: all of it.
+	// 0: all of it. A session's libvirtd cannot.
 	CPUQuota float64
 	// DiskBytesPerSecond and DiskIOPS bound a guest's disk; 0: no limit.
 	DiskBytesPerSecond, DiskIOPS int64
@@ -109,6 +109,9 @@ func (c Config) complete() (Config, error) {
 	u, err := url.Parse(c.URI)
 	if c.URI == "" || err != nil || u.Scheme == "" {
 		return c, invalid("URI %q: want one like qemu:///system", c.URI)
+	}
+	if u.Path == "/session" && c.CPUQuota > 0 {
+		return c, invalid("CPU quota with URI %q: only a system's libvirtd can limit CPUs", c.URI)
 	}
 	if !c.synthetic() && c.Accelerator != KVM && c.Accelerator != TCG {
 		return c, invalid("accelerator %q: want %s, or %s where there is no hardware virtualisation", c.Accelerator, KVM, TCG)

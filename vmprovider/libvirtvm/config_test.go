@@ -22,6 +22,7 @@ func TestConfigInvalid(t *testing.T) {
 		`network of type bridge: name`: func(c *Config) { c.Network = Network{Type: NetworkBridge} },
 		`network of type user has no name, got "br0"`: func(c *Config) { c.Network.Name = "br0" },
 		`not negative`:                           func(c *Config) { c.CPUQuota = 2 },
+		`"qemu:///session": only a system's`:     func(c *Config) { c.URI, c.CPUQuota = "qemu:///session", 0.5 },
 		`domain: XML syntax error`:               func(c *Config) { c.Domain = "<cpu>" },
 		`libvirt has no element /cpus`:           func(c *Config) { c.Domain = "<cpus/>" },
 		`libvirt has no element /devices/sounds`: func(c *Config) { c.Domain = "<devices><sounds/></devices>" },

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
@@ -59,7 +60,7 @@ func (p *Provider) destroy(ctx context.Context, h hypervisor, id string) error {
 	parts, err := p.volumes(ctx, h)
 	errs = append(errs, err)
 	for _, name := range parts[id].names {
-		if err := settle(ctx, func() error { return h.DeleteVolume(p.cfg.StoragePool, name) }); !errors.Is(err, errNoVolume) {
+		if err := p.deleteVolume(ctx, h, name); !errors.Is(err, errNoVolume) {
 			errs = append(errs, err)
 		}
 		p.cfg.failpoint("deleted")
@@ -77,4 +78,20 @@ func (p *Provider) destroy(ctx context.Context, h hypervisor, id string) error {
 		p.publish(vmprovider.Instance{ID: id, Owner: parts[id].owner, Host: p.host, State: vmprovider.StateGone})
 	}
 	return nil
+}
+
+// deleteVolume tries again while a reader is opening the volume, as whoever follows
+// a console does every now and then.
+func (p *Provider) deleteVolume(ctx context.Context, h hypervisor, name string) error {
+	for tries := 1; ; tries++ {
+		err := settle(ctx, func() error { return h.DeleteVolume(p.cfg.StoragePool, name) })
+		if !errors.Is(err, errBusy) || tries == busyTries {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(busyPause):
+		}
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	"libvirt.org/go/libvirtxml"
 
@@ -525,6 +526,29 @@ func TestDestroyGoesOn(t *testing.T) {
 			h.empty(t)
 		})
 	}
+}
+
+// TestDestroyUnderReader: a volume that somebody is opening is deleted when that is done.
+func TestDestroyUnderReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFakeHost()
+		p := h.provider(t, fakeConfig())
+		defer func() { _ = p.Close() }()
+		if _, err := p.Create(t.Context(), fakeSpec("t-1", "/runs")); err != nil {
+			t.Fatal(err)
+		}
+		var tries atomic.Int64
+		h.intercept(func(c string) error {
+			if c == "delete" && tries.Add(1) < busyTries {
+				return errBusy
+			}
+			return nil
+		})
+		if err := p.Destroy(t.Context(), "t-1", vmprovider.DestroyOptions{}); err != nil {
+			t.Error(err)
+		}
+		h.empty(t)
+	})
 }
 
 // TestConnectionLost: in the middle of a Create what is left is removed over the

@@ -28,7 +28,7 @@ type hypervisor interface {
 	Upload(pool, volume string, content []byte) error
 	// Download reads from an offset in bytes to the end there is now.
 	Download(pool, volume string, offset int64, w io.Writer) error
-	DeleteVolume(pool, volume string) error
+	DeleteVolume(pool, volume string) error // of one that somebody opens or changes: errBusy
 	Volumes(pool string) ([]string, error)
 
 	Network(name string) (uuid string, err error) // of an active one
@@ -54,6 +54,7 @@ var (
 	errNoDomain   = errors.New("no such domain")
 	errNoVolume   = errors.New("no such volume")
 	errNoPool     = errors.New("no such storage pool")
+	errBusy       = errors.New("in use")
 	errNoNetwork  = errors.New("no such network")
 	errExists     = errors.New("exists")
 	errNotRunning = errors.New("not running")

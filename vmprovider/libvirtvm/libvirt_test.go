@@ -3,9 +3,11 @@
 package libvirtvm
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -14,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"libvirt.org/go/libvirt"
 
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -50,7 +54,7 @@ func image(t vmprovidertest.T, dir string, code []byte) vmprovider.Image {
 	f, err := os.CreateTemp(dir, "image-")
 	if err == nil {
 		_, err = f.Write(disk)
-		err = errors.Join(err, f.Close())
+		err = errors.Join(err, f.Chmod(0o644), f.Close())
 	}
 	if err != nil {
 		t.Fatalf("%v", err)
@@ -73,14 +77,31 @@ func provider(t vmprovidertest.T, cfg Config) *Provider {
 	return p
 }
 
-// TestConformance: real machines of a real libvirtd.
+// TestConformance: real machines of a real libvirtd, the system's of this host and
+// a user's of another. That the other two pairs are the same is left to TestRemoteCut
+// and to the engine's TestJobsInVMs.
 func TestConformance(t *testing.T) {
 	t.Parallel()
-	s := testenv.StartLibvirt(t)
-	dir := t.TempDir()
+	for name, start := range map[string]func(t testing.TB) *testenv.LibvirtServer{
+		"system": testenv.StartLibvirt,
+		"remote session": func(t testing.TB) *testenv.LibvirtServer {
+			s := testenv.StartLibvirtSession(t)
+			s.URI, _ = s.Remote(t)
+			return s
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			conforms(t, start(t))
+		})
+	}
+}
+
+func conforms(t *testing.T, s *testenv.LibvirtServer) {
+	t.Helper()
 	with := func(code []byte) func(t vmprovidertest.T, spec *vmprovider.Spec) {
 		return func(t vmprovidertest.T, spec *vmprovider.Spec) {
-			spec.Image, spec.Bootstrap = image(t, dir, code), bootstrap()
+			spec.Image, spec.Bootstrap = image(t, s.Images, code), bootstrap()
 		}
 	}
 	cfg := config(s)
@@ -95,7 +116,7 @@ func TestConformance(t *testing.T) {
 			with(says(text, halt))(t, spec)
 		},
 		Leave: func(t vmprovidertest.T, id, owner string) {
-			spec := vmprovider.Spec{ID: id, Owner: owner, Image: image(t, dir, halt), Bootstrap: bootstrap()}
+			spec := vmprovider.Spec{ID: id, Owner: owner, Image: image(t, s.Images, halt), Bootstrap: bootstrap()}
 			leave(t, cfg, spec, "overlay")
 		},
 		Capacity: cfg.Max, Parallel: 3,
@@ -135,6 +156,18 @@ func TestSynthetic(t *testing.T) {
 			spec.Image, spec.Bootstrap, spec.DiskBytes = vmprovider.Image{Path: "/base.raw", Format: "raw"}, bootstrap(), 1<<20
 		},
 	})
+}
+
+// TestNamed: libvirt's error of a volume that a reader is just opening, which no
+// test can wait for.
+func TestNamed(t *testing.T) {
+	busy := libvirt.Error{
+		Code: libvirt.ERR_OPERATION_INVALID, Domain: libvirt.FROM_STORAGE,
+		Message: "Requested operation is not valid: volume 't-1@me@console' is still in use.",
+	}
+	if err := named(busy); !errors.Is(err, errBusy) {
+		t.Error(err)
+	}
 }
 
 // TestGuestEnds: how a guest ended is said.
@@ -196,17 +229,7 @@ func TestLibvirtdKilled(t *testing.T) {
 	if _, err := p.Create(t.Context(), spec); err != nil {
 		t.Fatal(err)
 	}
-	watched := make(chan error, 1)
-	snapshot := make(chan struct{})
-	go func() {
-		for inst, err := range p.Watch(t.Context()) {
-			if err != nil {
-				watched <- err
-			} else if inst.ID == "" {
-				close(snapshot)
-			}
-		}
-	}()
+	snapshot, watched := watching(t, p)
 	<-snapshot
 	s.Kill(t)
 	if err := <-watched; !errors.Is(err, vmprovider.ErrUnavailable) {
@@ -226,23 +249,74 @@ func TestLibvirtdKilled(t *testing.T) {
 	nothing(t, s, p)
 }
 
+// TestRemoteCut: a connection to another host that breaks is made again, and what
+// ran runs on: its end is told of, and its console can be followed.
+func TestRemoteCut(t *testing.T) {
+	s := testenv.StartLibvirt(t)
+	uri, cut := s.Remote(t)
+	cfg := config(s)
+	cfg.URI = uri
+	p := provider(t, cfg)
+	t.Cleanup(func() { _ = p.Close() })
+	spec := vmprovider.Spec{ID: "t-1", Owner: "me", Image: image(t, s.Images, says("here\n", halt)), Bootstrap: bootstrap()}
+	if _, err := p.Create(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	snapshot, watched := watching(t, p)
+	<-snapshot
+	cut()
+	if err := <-watched; !errors.Is(err, vmprovider.ErrUnavailable) {
+		t.Errorf("watch ended with %v", err)
+	}
+	inst, err := vmprovider.Wait(t.Context(), p, spec.ID, func(vmprovider.Instance) bool { return true })
+	if err != nil || inst.State != vmprovider.StateRunning {
+		t.Fatalf("%+v, %v", inst, err)
+	}
+	r, err := consoler{p}.Console(t.Context(), spec.ID, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	printed := bufio.NewReader(r)
+	if line, err := printed.ReadString('\n'); err != nil || !strings.HasSuffix(line, "here\n") {
+		t.Errorf("console: %q, %v", line, err)
+	}
+	s.SignalGuest(t, spec.ID, syscall.SIGKILL)
+	inst, err = vmprovider.Wait(t.Context(), p, spec.ID, func(i vmprovider.Instance) bool { return i.State != vmprovider.StateRunning })
+	if err != nil || inst.State != vmprovider.StateStopped {
+		t.Errorf("%+v, %v; want it stopped", inst, err)
+	}
+	if _, err := io.Copy(io.Discard, printed); err != nil {
+		t.Errorf("the console's end: %v", err)
+	}
+	if err := p.Destroy(t.Context(), spec.ID, vmprovider.DestroyOptions{}); err != nil {
+		t.Error(err)
+	}
+	nothing(t, s, p)
+}
+
+// watching watches, and says when the snapshot is complete, and how it ends.
+func watching(t *testing.T, p *Provider) (snapshot chan struct{}, end chan error) {
+	t.Helper()
+	snapshot, end = make(chan struct{}), make(chan error, 1)
+	go func() {
+		for inst, err := range p.Watch(t.Context()) {
+			if err != nil {
+				end <- err
+			} else if inst.ID == "" {
+				close(snapshot)
+			}
+		}
+	}()
+	return snapshot, end
+}
+
 // TestLibvirtdPaused: nobody waits longer than its context for a libvirtd that
 // does not answer, and after a while it counts as gone.
 func TestLibvirtdPaused(t *testing.T) {
 	s := testenv.StartLibvirt(t)
 	p := provider(t, config(s))
 	t.Cleanup(func() { _ = p.Close() })
-	snapshot := make(chan struct{})
-	watched := make(chan error, 1)
-	go func() {
-		for inst, err := range p.Watch(t.Context()) {
-			if err != nil {
-				watched <- err
-			} else if inst.ID == "" {
-				close(snapshot)
-			}
-		}
-	}()
+	snapshot, watched := watching(t, p)
 	<-snapshot
 	s.Pause(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)

@@ -354,6 +354,17 @@ func TestStartFails(t *testing.T) {
 	if !errors.Is(err, vmprovider.ErrUnavailable) || !strings.Contains(err.Error(), "--listen") {
 		t.Errorf("a program that says why it serves nothing: %v", err)
 	}
+	dir := filepath.Join(t.TempDir(), strings.Repeat("d", 100))
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	_, err = remotevm.Start(t.Context(), remotevm.Command{Argv: []string{"/bin/ls"}, Dir: dir})
+	if !errors.Is(err, vmprovider.ErrInvalid) || !strings.Contains(err.Error(), "longer than") {
+		t.Errorf("no room for the name of its socket: %v", err)
+	}
+	if err := os.Remove(dir); err != nil {
+		t.Errorf("something is left: %v", err)
+	}
 }
 
 // TestFrozen: a plugin that does not answer holds up nobody beyond the call's time.

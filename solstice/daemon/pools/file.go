@@ -110,6 +110,7 @@ func (n *network) UnmarshalYAML(node *yaml.Node) error {
 type plugin struct {
 	Command []string `yaml:"command"`
 	Env     []string `yaml:"env"`
+	Gateway string   `yaml:"gateway"` // empty: not known
 	TLSCA   string   `yaml:"tls_ca"`
 	TLSCert string   `yaml:"tls_cert"`
 	TLSKey  string   `yaml:"tls_key"`
@@ -198,6 +199,16 @@ func parse(path, catalogue string, data []byte) (*File, error) {
 			e = &entry{}
 		}
 		e.name, e.file = name, path
+		if p := e.Plugin; p != nil {
+			for _, file := range []*string{&p.TLSCA, &p.TLSCert, &p.TLSKey} {
+				if *file != "" {
+					*file = beside(*file)
+				}
+			}
+			if len(p.Command) > 0 && strings.ContainsRune(p.Command[0], filepath.Separator) { // others are looked for in PATH
+				p.Command[0] = beside(p.Command[0])
+			}
+		}
 		if len(e.Labels) == 0 {
 			e.Labels = []string{name}
 		}
@@ -318,6 +329,9 @@ func (e *entry) checkPlugin() (errs []error) {
 	}
 	if !started && len(p.Env) > 0 {
 		bad("plugin.env is of plugins that are started here")
+	}
+	if p.Gateway != "" && net.ParseIP(p.Gateway) == nil {
+		bad("plugin.gateway %q: want the address at which guests find this computer's loopback, such as 10.0.2.2", p.Gateway)
 	}
 	tls := strings.HasPrefix(e.Provider, "grpc+tls:")
 	given := 0

@@ -41,7 +41,7 @@ func written(t *testing.T, text string) string {
 }
 
 func TestFile(t *testing.T) {
-	f, err := ReadFile(written(t, `
+	path := written(t, `
 catalogue: images.yaml
 image_max_size: 50GiB
 image_max_age: 720h
@@ -72,12 +72,16 @@ pools:
   host: { provider: process }
   elsewhere:
     provider: grpc+tls:vms.example.com:7000
-    plugin: { tls_ca: ca.pem, tls_cert: cert.pem, tls_key: key.pem }
-`), "")
+    plugin: { tls_ca: ca.pem, tls_cert: cert.pem, tls_key: /keys/key.pem, gateway: 10.0.2.2 }
+  started:
+    provider: command
+    plugin: { command: [./qemuvm, ./arg] }
+`)
+	f, err := ReadFile(path, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(f.pools) != 4 || f.pools[0].name != "elsewhere" || f.pools[1].name != "host" {
+	if len(f.pools) != 5 || f.pools[0].name != "elsewhere" || f.pools[1].name != "host" {
 		t.Fatalf("pools %+v", f.pools)
 	}
 	if f.evict.MaxBytes != 50<<30 || f.evict.MaxAge != 720*time.Hour {
@@ -86,10 +90,17 @@ pools:
 	if got := f.pools[0].target(); got != "vms.example.com:7000" {
 		t.Errorf("target %q", got)
 	}
-	if l := f.pools[2].Libvirt; l.Subnet.String() != "10.99.0.0/24" || len(l.Allow) != 2 || l.Allow[1].String() != "tcp/10.20.0.0/16:443" {
+	beside := filepath.Dir(path)
+	if p := f.pools[0].Plugin; p.TLSCA != filepath.Join(beside, "ca.pem") || p.TLSCert != filepath.Join(beside, "cert.pem") || p.TLSKey != "/keys/key.pem" || p.Gateway != "10.0.2.2" {
+		t.Errorf("plugin %+v", p)
+	}
+	if p := f.pools[2].Plugin; len(p.Command) != 2 || p.Command[0] != filepath.Join(beside, "qemuvm") || p.Command[1] != "./arg" {
+		t.Errorf("plugin %+v", p)
+	}
+	if l := f.pools[3].Libvirt; l.Subnet.String() != "10.99.0.0/24" || len(l.Allow) != 2 || l.Allow[1].String() != "tcp/10.20.0.0/16:443" {
 		t.Errorf("isolation %+v", l)
 	}
-	vms := f.pools[3]
+	vms := f.pools[4]
 	if vms.choice.Image.Label != "debian-12" || vms.choice.Size != (image.Size{CPUs: 1, MemoryBytes: 1 << 30}) || vms.Memory != 2<<30 {
 		t.Errorf("image %+v, memory %d", vms.choice, vms.Memory)
 	}
@@ -135,6 +146,7 @@ func TestWrongFile(t *testing.T) {
 		"contact":          {"pools: { a: { provider: process, contacts: [host] } }", []string{`contact "host"`}},
 		"no command":       {"pools: { a: { provider: command } }", []string{"plugin.command"}},
 		"command too much": {"pools: { a: { provider: 'grpc+unix:/s', plugin: { command: [x], env: [A] } } }", []string{"plugin.command", "plugin.env"}},
+		"gateway":          {"pools: { a: { provider: command, plugin: { command: [x], gateway: host } } }", []string{`gateway "host"`, "10.0.2.2"}},
 		"no certificates":  {"pools: { a: { provider: 'grpc+tls:h:1', plugin: { tls_ca: x } } }", []string{"needs all three"}},
 	} {
 		t.Run(name, func(t *testing.T) {

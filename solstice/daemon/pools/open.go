@@ -37,8 +37,12 @@ type Options struct {
 	// ImageDir is the directory of the store of images, where the file names none.
 	ImageDir string
 	// Ports are those at which guests reach this program at their gateway: where
-	// they are isolated, these are let through.
+	// they are isolated, these are let through. none: such pools are refused.
 	Ports []uint16
+	// PluginDir is for the sockets of plugins that are started, and for nothing else:
+	// what a program that was killed left there is removed. empty: temporary
+	// directories.
+	PluginDir string
 	// Agents are those that guests download.
 	Agents *daemon.Agents
 	Logger *slog.Logger // nil: silent
@@ -78,6 +82,11 @@ func (f *File) Open(ctx context.Context, o Options) (_ *Set, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
+	if o.PluginDir != "" {
+		if err := os.RemoveAll(o.PluginDir); err != nil {
+			return nil, err
+		}
+	}
 	for i := range f.pools {
 		e := &f.pools[i]
 		p := &opened{entry: e, host: e.Host}
@@ -139,6 +148,9 @@ func (p *opened) openLibvirt(ctx context.Context, o Options) (vmprovider.Provide
 	}
 	var isolation *libvirtvm.Isolation
 	if l.Isolation == "strict" {
+		if len(o.Ports) == 0 {
+			return nil, fmt.Errorf("%w: isolation: strict needs a program that listens at fixed ports of the subnet's first address, as the orchestrator does with --agent-addr and --runner-addr", ErrInvalid)
+		}
 		isolation = &libvirtvm.Isolation{Bridge: l.Bridge, Subnet: l.Subnet, Allow: slices.Clone(l.Allow)}
 		host := l.Subnet.Addr().Next()
 		for _, port := range o.Ports {
@@ -157,13 +169,19 @@ func (p *opened) openLibvirt(ctx context.Context, o Options) (vmprovider.Provide
 
 func (p *opened) openPlugin(ctx context.Context, o Options) (vmprovider.Provider, error) {
 	c := cmp.Or(p.Plugin, &plugin{})
+	p.gateway, p.on = c.Gateway, net.IP.IsLoopback
 	if p.Provider == "command" {
 		var env []string
 		for k, v := range daemon.Environment(append([]string{"PATH"}, c.Env...)...) {
 			env = append(env, k+"="+v)
 		}
 		slices.Sort(env)
-		return remotevm.Start(ctx, remotevm.Command{Argv: c.Command, Env: env, Output: os.Stderr, Logger: o.Logger})
+		if o.PluginDir != "" {
+			if err := os.MkdirAll(o.PluginDir, 0o700); err != nil {
+				return nil, err
+			}
+		}
+		return remotevm.Start(ctx, remotevm.Command{Argv: c.Command, Env: env, Output: os.Stderr, Logger: o.Logger, Dir: o.PluginDir})
 	}
 	cfg := remotevm.Config{Target: p.target()}
 	if c.TLSCA != "" {
@@ -259,8 +277,8 @@ func (p *opened) reach(pool *solstice.Pool, at Endpoints) error {
 		if port, ok := p.through(at.Agents); ok {
 			pool.Contacts = []string{net.JoinHostPort(p.gateway, port)}
 		} else if allLoopback(at.Contacts) {
-			errs = append(errs, fmt.Errorf("%w: %s: pool %s: its guests cannot reach this host at %s: give the pool contacts: [HOST:PORT]",
-				ErrInvalid, p.file, p.name, strings.Join(at.Contacts, ", ")))
+			errs = append(errs, fmt.Errorf("%w: %s: pool %s: its guests cannot reach this host at %s: %s",
+				ErrInvalid, p.file, p.name, strings.Join(at.Contacts, ", "), p.advice("--agent-addr", at.Agents, "contacts: [HOST:PORT]")))
 		}
 	}
 	if pool.RunnerURL == "" {
@@ -268,11 +286,19 @@ func (p *opened) reach(pool *solstice.Pool, at Endpoints) error {
 		if port, ok := p.through(at.Runner); ok {
 			pool.RunnerURL = "http://" + net.JoinHostPort(p.gateway, port) + "/runner"
 		} else if err == nil && allLoopback([]string{u.Host}) {
-			errs = append(errs, fmt.Errorf("%w: %s: pool %s: its guests cannot download the agent from %s: give the pool runner_url: http://HOST:PORT/runner",
-				ErrInvalid, p.file, p.name, at.RunnerURL))
+			errs = append(errs, fmt.Errorf("%w: %s: pool %s: its guests cannot download the agent from %s: %s",
+				ErrInvalid, p.file, p.name, at.RunnerURL, p.advice("--runner-addr", at.Runner, "runner_url: http://HOST:PORT/runner")))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// advice says how guests could reach a listener of this program.
+func (p *opened) advice(flag string, listener net.Addr, key string) string {
+	if a, ok := listener.(*net.TCPAddr); ok && p.Libvirt != nil && p.Libvirt.Isolation == "strict" {
+		return "give " + flag + " " + net.JoinHostPort(p.gateway, strconv.Itoa(a.Port))
+	}
+	return "give the pool " + key
 }
 
 // through is the port at which guests find a listener at their gateway.

@@ -187,6 +187,22 @@ pools:
 	}
 }
 
+// TestRemoteImage: an image of the catalogue is not on another computer.
+func TestRemoteImage(t *testing.T) {
+	f, err := ReadFile(written(t, `
+catalogue: images.yaml
+pools:
+  vms: { provider: libvirt, image: debian, libvirt: { uri: 'qemu+tcp://vms.example.com/system', accelerator: kvm, storage_pool: s, network: user } }
+`), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Open(t.Context(), Options{ImageDir: t.TempDir(), Logger: slog.New(slog.DiscardHandler)})
+	if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "give image_file") {
+		t.Errorf("opened: %v", err)
+	}
+}
+
 // TestReach: guests are told addresses that they can reach, or the program does
 // not start.
 func TestReach(t *testing.T) {
@@ -195,21 +211,29 @@ func TestReach(t *testing.T) {
 	lan := &net.TCPAddr{IP: net.IPv4(192, 168, 1, 5), Port: 52}
 	for name, c := range map[string]struct {
 		gateway  string
+		strict   bool
 		agents   *net.TCPAddr
 		contacts []string
 		want     string // contact; empty: an error
 	}{
-		"loopback, user network":        {userNetHost, local, []string{"127.0.0.1:52"}, "10.0.2.2:52"},
-		"everything, user network":      {userNetHost, every, []string{"ci.example.com:52"}, "10.0.2.2:52"},
-		"one address, user network":     {userNetHost, lan, []string{"192.168.1.5:52"}, ""}, // nothing of the pool's: the engine's own contacts
-		"loopback, another network":     {"", local, []string{"127.0.0.1:52", "localhost:52"}, "error"},
-		"other contacts, other network": {"", local, []string{"192.168.1.5:52"}, ""},
+		"loopback, user network":        {userNetHost, false, local, []string{"127.0.0.1:52"}, "10.0.2.2:52"},
+		"everything, user network":      {userNetHost, false, every, []string{"ci.example.com:52"}, "10.0.2.2:52"},
+		"one address, user network":     {userNetHost, false, lan, []string{"192.168.1.5:52"}, ""}, // nothing of the pool's: the engine's own contacts
+		"loopback, another network":     {"", false, local, []string{"127.0.0.1:52", "localhost:52"}, "error"},
+		"other contacts, other network": {"", false, local, []string{"192.168.1.5:52"}, ""},
+		"loopback, isolated":            {"10.99.0.1", true, local, []string{"127.0.0.1:52"}, "error"},
+		"everything, isolated":          {"10.99.0.1", true, every, []string{"ci.example.com:52"}, "10.99.0.1:52"},
 	} {
 		p := &opened{entry: &entry{name: "vms", Provider: "libvirt"}, provider: &machines{Provider: memvm.New(memvm.Config{})}, gateway: c.gateway, on: net.IP.IsLoopback}
+		advice := []string{"contacts:", "runner_url:"}
+		if c.strict {
+			p.Libvirt, p.on = &libvirt{Isolation: "strict"}, net.ParseIP(c.gateway).Equal
+			advice = []string{"--agent-addr 10.99.0.1:52", "--runner-addr 10.99.0.1:52"}
+		}
 		pools, err := (&Set{opened: []*opened{p}}).Pools(Endpoints{Agents: c.agents, Runner: c.agents, Contacts: c.contacts, RunnerURL: "http://" + c.contacts[0] + "/runner"})
 		switch {
 		case c.want == "error":
-			if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "contacts") || !strings.Contains(err.Error(), "runner_url") {
+			if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), advice[0]) || !strings.Contains(err.Error(), advice[1]) {
 				t.Errorf("%s: error %v", name, err)
 			}
 		case err != nil:
@@ -219,5 +243,17 @@ func TestReach(t *testing.T) {
 			t.Errorf("%s: contacts %q, runner %q", name, pools[0].Contacts, pools[0].RunnerURL)
 		}
 		_ = p.provider.Close()
+	}
+}
+
+// TestIsolatedNeedsPorts: a program that cannot say which ports guests come to has
+// no isolated pools, and no network is made for them.
+func TestIsolatedNeedsPorts(t *testing.T) {
+	f, err := ReadFile(written(t, "pools: { vms: { provider: libvirt, image_file: /x, image_format: raw, libvirt: { uri: 'qemu:///system', accelerator: tcg, storage_pool: s, isolation: strict, bridge: sol0, subnet: 10.99.0.0/24 } } }"), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Open(t.Context(), Options{}); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "pool vms") || !strings.Contains(err.Error(), "fixed ports") {
+		t.Errorf("error %v", err)
 	}
 }
