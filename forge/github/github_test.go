@@ -15,9 +15,8 @@ import (
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/forge/forgetest"
 	"github.com/solstice-ci/solstice-go/forge/github"
-	"github.com/solstice-ci/solstice-go/internal/fakeforge"
 	fake "github.com/solstice-ci/solstice-go/internal/fakeforge/github"
-	"github.com/solstice-ci/solstice-go/internal/gitcmd"
+	fakerig "github.com/solstice-ci/solstice-go/internal/fakeforge/rig"
 )
 
 var _ = flag.Bool("update", false, "write the golden events")
@@ -72,11 +71,7 @@ func (r rig) repo(tb forgetest.TB, name string) forge.Repo {
 
 func (r rig) commit(tb forgetest.TB, repo forge.Repo, branch string, files map[string]forgetest.File) string {
 	tb.Helper()
-	all := map[string]fakeforge.File{}
-	for name, f := range files {
-		all[name] = fakeforge.File{Mode: string(f.Mode), Content: f.Content}
-	}
-	commit, err := r.Repos.Commit(tb.Context(), repo.FullName(), branch, all)
+	commit, err := r.Repos.Commit(tb.Context(), repo.FullName(), branch, fakerig.Files(files))
 	if err != nil {
 		tb.Fatalf("commit: %v", err)
 	}
@@ -143,38 +138,10 @@ func (r rig) shown(s forge.StatusState) forge.StatusState {
 	return s
 }
 
-func fetch(tb forgetest.TB, c forge.Clone, commit, name string) (string, error) {
-	git, err := gitcmd.Find(tb.Context())
-	if err != nil {
-		return "", err
-	}
-	dir := filepath.Join(tb.TempDir(), "clone")
-	o := gitcmd.Options{Protocols: []string{"http"}}
-	for header, value := range c.Header {
-		o.Config = append(o.Config, "http.extraHeader="+header+": "+value)
-	}
-	if err := git.Run(tb.Context(), o, "init", "-q", "--bare", "--", dir); err != nil {
-		return "", err
-	}
-	o.GitDir = dir
-	if err := git.Run(tb.Context(), o, "fetch", "-q", "--depth=1", "--", c.URL, commit); err != nil {
-		return "", err
-	}
-	out, err := git.Output(tb.Context(), o, "cat-file", "blob", commit+":"+name)
-	return string(out), err
-}
-
 func (r rig) fixture() forgetest.Fixture {
 	var users int64 = 500
-	return forgetest.Fixture{
-		Forge: r.Forge, Repo: r.repo, Commit: r.commit, Fetch: fetch, PullRequest: r.pull, Shown: r.shown,
-		Tag: func(tb forgetest.TB, repo forge.Repo, name, commit string, annotated bool) {
-			if annotated {
-				r.git(tb, repo, "tag", "-a", "-m", "a tag", "--", name, commit)
-			} else {
-				r.git(tb, repo, "tag", "--", name, commit)
-			}
-		},
+	f := forgetest.Fixture{
+		Forge: r.Forge, PullRequest: r.pull, Shown: r.shown,
 		Statuses: func(_ forgetest.TB, repo forge.Repo, commit string) []forge.Status { return r.seen(repo, commit) },
 		Comments: func(_ forgetest.TB, repo forge.Repo, number int) (all []string) {
 			for _, c := range r.Comments(repo.FullName(), number) {
@@ -191,6 +158,8 @@ func (r rig) fixture() forgetest.Fixture {
 		},
 		Webhooks: &forgetest.Webhooks{Request: webhook, SignedBy: []string{"X-Hub-Signature-256"}, Deliveries: deliveries()},
 	}
+	fakerig.Fill(&f, r.Repos, "team")
+	return f
 }
 
 func webhook(tb forgetest.TB, event string, body, secret []byte) *http.Request {
