@@ -130,11 +130,18 @@ func check(r forge.Repo) error {
 // conflict, has nothing.
 func (f *Forge) get(ctx context.Context, out any, query url.Values, path ...string) error {
 	_, err := f.api.Do(ctx, rest.Call{Path: path, Query: query, Out: out})
+	return empty(err)
+}
+
+func empty(err error) error {
 	if rest.Status(err) == http.StatusConflict {
 		return fmt.Errorf("%w: %w", forge.ErrNotFound, err)
 	}
 	return err
 }
+
+// maxRefs bounds the list of a repository's branches, which has no pages: 200,000.
+const maxRefs = 64 << 20
 
 // repository as the API and webhooks give it (modules/structs/repo.go of Gitea).
 type repository struct {
@@ -242,8 +249,9 @@ func (m *oneOrMore) UnmarshalJSON(data []byte) error {
 // refs gives a ref and those below it.
 func (f *Forge) refs(ctx context.Context, r forge.Repo, name string) ([]reference, error) {
 	var found oneOrMore
-	err := f.get(ctx, &found, nil, in(r, append([]string{"git"}, strings.Split(name, "/")...)...)...)
-	return found, err
+	path := in(r, append([]string{"git"}, strings.Split(name, "/")...)...)
+	_, err := f.api.Do(ctx, rest.Call{Path: path, Out: &found, Max: maxRefs})
+	return found, empty(err)
 }
 
 // peel gives the commit behind an object, through tags of tags.

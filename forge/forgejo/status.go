@@ -36,7 +36,8 @@ func (f *Forge) ReportStatus(ctx context.Context, r forge.Repo, commit string, s
 	if _, err := f.tree(ctx, r, commit); err != nil {
 		return err
 	}
-	return f.statuses.Do(ctx, r.FullName()+"@"+commit+" "+s.Key, s.Version, func() error {
+	// Names of repositories that differ in case are one.
+	return f.statuses.Do(ctx, strings.ToLower(r.FullName())+"@"+commit+" "+s.Key, s.Version, func() error {
 		state := states[s.State]
 		if s.State == forge.StatusSkipped {
 			skipped, err := f.knowsSkipped(ctx)

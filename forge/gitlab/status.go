@@ -37,7 +37,8 @@ func (f *Forge) ReportStatus(ctx context.Context, r forge.Repo, commit string, s
 	if err := f.commit(ctx, r, commit); err != nil { // whose absence looks like that of a ref
 		return err
 	}
-	return f.statuses.Do(ctx, r.FullName()+"@"+commit+" "+s.Key, s.Version, func() error {
+	// Names of repositories that differ in case are one.
+	return f.statuses.Do(ctx, strings.ToLower(r.FullName())+"@"+commit+" "+s.Key, s.Version, func() error {
 		body := map[string]any{
 			"name": s.Key, "state": states[s.State], "description": rest.Cut(hook.Line(s.Description), maxDescription),
 		}
