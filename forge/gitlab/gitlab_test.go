@@ -276,8 +276,14 @@ func TestStrict(t *testing.T) {
 		state forge.StatusState
 		want  string
 	}{
-		{forge.StatusPending, "pending"}, {forge.StatusPending, "pending"}, {forge.StatusRunning, "running"}, {forge.StatusRunning, "running"},
-		{forge.StatusPending, "running"}, {forge.StatusFailure, "failed"}, {forge.StatusFailure, "failed"}, {forge.StatusSkipped, "success"},
+		{forge.StatusPending, "pending"},
+		{forge.StatusPending, "pending"},
+		{forge.StatusRunning, "running"},
+		{forge.StatusRunning, "running"},
+		{forge.StatusPending, "running"},
+		{forge.StatusFailure, "failed"},
+		{forge.StatusFailure, "failed"},
+		{forge.StatusSkipped, "success"},
 	} {
 		if err := f.ReportStatus(t.Context(), r, c, status(int64(i+1), tc.state)); err != nil {
 			t.Errorf("%d, %s: %v", i, tc.state, err)

@@ -46,12 +46,12 @@ func (f *Forge) ReportStatus(ctx context.Context, r forge.Repo, commit string, s
 			body["target_url"] = u
 		}
 		err := f.post(ctx, r, commit, body)
-		if errors.Is(err, forge.ErrInvalid) && s.State == forge.StatusSkipped { // before GitLab 17
+		if errors.Is(err, forge.ErrInvalid) && s.State == forge.StatusSkipped { // which older versions don't know
 			body["state"] = "success"
 			err = f.post(ctx, r, commit, body)
 		}
 		if errors.Is(err, forge.ErrInvalid) && !s.State.Terminal() {
-			// Before GitLab 18.4 a job can't get the state that it has, nor go back.
+			// In older versions a job can't get the state that it has, nor go back.
 			if state, lookErr := f.stands(ctx, r, commit, s.Key); lookErr == nil && slices.Contains([]string{"created", "pending", "running"}, state) {
 				return nil
 			}

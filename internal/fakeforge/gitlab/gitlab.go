@@ -29,8 +29,8 @@ type Server struct {
 	Repos  *fakeforge.Repos
 	Faults fakeforge.Faults
 	Token  string // the one that is accepted; its user is "bot", 1
-	// Strict: a status can't get the state that it has, nor be skipped, as before
-	// GitLab 18.4 and 17.
+	// Strict: a status can't get the state that it has, nor be skipped, as in older
+	// versions (gitlab-org/gitlab!198626 and !168350 changed that).
 	Strict bool
 	// Checking: whether merge requests can be merged is not known yet.
 	Checking bool
