@@ -39,9 +39,12 @@ type File struct {
 	Content string
 }
 
+// findGit asks for git's version once.
+var findGit = sync.OnceValues(func() (*gitcmd.Git, error) { return gitcmd.Find(context.Background()) })
+
 // NewRepos finds git.
-func NewRepos(ctx context.Context, root string) (*Repos, error) {
-	git, err := gitcmd.Find(ctx)
+func NewRepos(_ context.Context, root string) (*Repos, error) {
+	git, err := findGit()
 	if err != nil {
 		return nil, err
 	}
@@ -60,18 +63,21 @@ func (r *Repos) Dir(name string) (string, error) {
 	return dir, nil
 }
 
-// Create makes an empty repository whose default branch is main.
-func (r *Repos) Create(ctx context.Context, name string) error {
+// Create makes an empty repository whose default branch is main. It is what git
+// init makes, without starting it.
+func (r *Repos) Create(_ context.Context, name string) error {
 	dir := filepath.Join(r.root, name+".git")
-	if _, err := r.git.Output(ctx, gitcmd.Options{}, "init", "-q", "--bare", "-b", "main", "--", dir); err != nil {
-		return err
+	for _, sub := range []string{"objects/info", "objects/pack", "refs/heads", "refs/tags"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			return err
+		}
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "config"), os.O_APPEND|os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString("[uploadpack]\n\tallowAnySHA1InWant = true\n") // as forges do
-	return errors.Join(err, f.Close())
+	const config = "[core]\n\trepositoryformatversion = 0\n\tbare = true\n" +
+		"[uploadpack]\n\tallowAnySHA1InWant = true\n" // as forges do
+	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "config"), []byte(config), 0o600),
+		os.WriteFile(filepath.Join(dir, "HEAD"), []byte("ref: refs/heads/main\n"), 0o600),
+	)
 }
 
 // tip reads a ref that git has not packed, which these repositories never do.
@@ -153,6 +159,41 @@ func (r *Repos) Object(ctx context.Context, name, object string) (kind string, d
 		err = fmt.Errorf("%w: %w", ErrNotFound, err)
 	}
 	return kind, data, err
+}
+
+// CommitInfo is what a commit object says.
+type CommitInfo struct {
+	Name, Tree string
+	Parents    []string
+}
+
+// Info reads the commit that a revision names, through tags.
+func (r *Repos) Info(ctx context.Context, name, rev string) (CommitInfo, error) {
+	c := CommitInfo{Name: rev}
+	var kind string
+	var data []byte
+	var err error
+	if gitcmd.CheckObject(rev) == nil {
+		kind, data, err = r.Object(ctx, name, rev)
+	}
+	if err == nil && kind != "commit" {
+		if c.Name, err = r.Resolve(ctx, name, rev+"^{commit}"); err == nil {
+			_, data, err = r.Object(ctx, name, c.Name)
+		}
+	}
+	if err != nil {
+		return c, err
+	}
+	head, _, _ := strings.Cut(string(data), "\n\n")
+	for line := range strings.Lines(head) {
+		switch key, value, _ := strings.Cut(strings.TrimSpace(line), " "); key {
+		case "tree":
+			c.Tree = value
+		case "parent":
+			c.Parents = append(c.Parents, value)
+		}
+	}
+	return c, nil
 }
 
 // Entry is one line of a tree; Path is whole in a recursive listing.

@@ -294,12 +294,11 @@ func (s *Server) getCommit(r *http.Request, repo string) (int, any, error) {
 	if gitcmd.CheckRef(sha) != nil {
 		return 0, nil, problem{http.StatusUnprocessableEntity, "no valid ref or sha: " + sha}
 	}
-	out, err := s.Repos.Git(r.Context(), repo, "", "rev-parse", sha+"^{commit}", sha+"^{tree}")
+	c, err := s.Repos.Info(r.Context(), repo, sha)
 	if err != nil {
 		return 0, nil, err
 	}
-	commit, tree, _ := strings.Cut(strings.TrimSpace(out), "\n")
-	return http.StatusOK, map[string]any{"sha": commit, "commit": map[string]any{"tree": map[string]any{"sha": tree}}}, nil
+	return http.StatusOK, map[string]any{"sha": c.Name, "commit": map[string]any{"tree": map[string]any{"sha": c.Tree}}}, nil
 }
 
 // getTree answers 400 for what is not there (routers/api/v1/repo/tree.go).
@@ -414,7 +413,7 @@ func (s *Server) postStatus(r *http.Request, repo string) (int, any, error) {
 		return 0, nil, problem{http.StatusUnprocessableEntity, "unknown state " + in.State}
 	}
 	sha := r.PathValue("sha")
-	if _, err := s.Repos.Resolve(r.Context(), repo, sha+"^{commit}"); err != nil {
+	if _, err := s.Repos.Info(r.Context(), repo, sha); err != nil {
 		return 0, nil, fmt.Errorf("GetCommit[%s]: object does not exist", sha)
 	}
 	s.mu.Lock()

@@ -285,12 +285,11 @@ func (s *Server) getCommit(_ http.ResponseWriter, r *http.Request, project strin
 	if gitcmd.CheckRef(r.PathValue("sha")) != nil {
 		return 0, nil, notFound("Commit")
 	}
-	out, err := s.Repos.Git(r.Context(), project, "", "rev-list", "--parents", "-1", r.PathValue("sha"), "--")
+	c, err := s.Repos.Info(r.Context(), project, r.PathValue("sha"))
 	if err != nil {
 		return 0, nil, err
 	}
-	names := strings.Fields(out)
-	return http.StatusOK, map[string]any{"id": names[0], "short_id": names[0][:8], "parent_ids": names[1:]}, nil
+	return http.StatusOK, map[string]any{"id": c.Name, "short_id": c.Name[:8], "parent_ids": append([]string{}, c.Parents...)}, nil
 }
 
 func ref(r fakeforge.Ref, prefix string) map[string]any {
@@ -413,7 +412,7 @@ func (s *Server) postStatus(_ http.ResponseWriter, r *http.Request, project stri
 		return 0, nil, problem{http.StatusBadRequest, "target_url is too long (maximum is 255 characters)"}
 	}
 	sha := r.PathValue("sha")
-	if _, err := s.Repos.Resolve(r.Context(), project, sha+"^{commit}"); err != nil {
+	if _, err := s.Repos.Info(r.Context(), project, sha); err != nil {
 		return 0, nil, notFound("Commit")
 	}
 	branches, err := s.Repos.Git(r.Context(), project, "", "for-each-ref", "--format=%(refname:short)", "--contains="+sha, "refs/heads")
