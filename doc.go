@@ -26,7 +26,9 @@
 //     vmprovider/image has base images of virtual machines, a catalogue and a store;
 //     vmprovider/seed tells a fresh virtual machine what it is for;
 //     vmprovider/remotevm has a plugin make machines, such as examples/qemuvm, a
-//     module of its own (docs/writing-a-vm-provider.md).
+//     module of its own (docs/writing-a-vm-provider.md);
+//     forge/remoteforge does so for forges, such as examples/bareforge
+//     (docs/writing-a-forge.md).
 //   - examples: the CLI (examples/solstice), the daemon (examples/orchestrator),
 //     the agent's main, and an embedding in a hundred lines (examples/embed). They import nothing internal.
 //   - internal/store: the rows and transitions that the engine stands on;

@@ -30,7 +30,7 @@ var (
 	// ErrInvalid: a malformed argument or payload, or a path that is not a
 	// regular file.
 	ErrInvalid = errors.New("forge: invalid argument")
-	// ErrTooLarge: the file is over MaxFileBytes.
+	// ErrTooLarge: the file is over MaxFileBytes, the webhook over MaxWebhookBytes.
 	ErrTooLarge = errors.New("forge: file is too large")
 	// ErrConflict: a pull request that cannot be merged.
 	ErrConflict = errors.New("forge: pull request has conflicts")
@@ -152,7 +152,7 @@ type PullRequest struct {
 
 // SecretFunc gives the webhook secret for a repository ("owner/name"; empty
 // when the payload names none). It is asked before anything in the payload is
-// believed.
+// believed: also for events that are ignored.
 type SecretFunc func(ctx context.Context, repo string) ([]byte, error)
 
 // CloneOptions qualifies CloneInfo; the zero value asks for read access.
@@ -263,6 +263,8 @@ func (s Status) Validate() error {
 type Capabilities struct {
 	Webhooks bool // ParseWebhook works; otherwise it wraps errors.ErrUnsupported
 	Statuses bool // ReportStatus reaches something; otherwise it is a no-op
+	// StatusKeysFold: keys that differ in upper and lower case alone are one status.
+	StatusKeysFold bool
 }
 
 // Forge is implemented by drivers; all methods are safe for concurrent use and
@@ -272,7 +274,10 @@ type Capabilities struct {
 // root of the tree, in its shortest form, with slashes.
 type Forge interface {
 	// ParseWebhook verifies the signature over the raw body, then reads the
-	// event. It wraps ErrSignature, ErrIgnored or ErrInvalid, and bounds what it reads.
+	// event, which is valid (Event.Validate). It wraps ErrSignature, ErrIgnored or
+	// ErrInvalid; ErrTooLarge where the body is over MaxWebhookBytes, which it reads
+	// no further; and what SecretFunc fails with. An empty secret is an error, with
+	// which nothing is accepted. The same request gives the same event again.
 	ParseWebhook(ctx context.Context, r *http.Request, s SecretFunc) (Event, error)
 	// Resolve gives the full object name of the commit that a branch, tag, full
 	// ref name or object name names; an annotated tag gives its commit. Absent

@@ -70,15 +70,37 @@ type Fixture struct {
 	// driver's Capabilities have Statuses; what the forge can't represent
 	// (Version, ExternalID, times) may be left out.
 	Statuses func(tb TB, r forge.Repo, commit string) []forge.Status
+	// Shown is what the forge makes of a state, where it knows fewer; nil: it
+	// knows all. What is final stays final.
+	Shown func(forge.StatusState) forge.StatusState
 	// Webhooks is required when the driver's Capabilities have Webhooks.
 	Webhooks *Webhooks
+
+	// What follows is optional: without it optional interfaces are not checked.
+
+	// PullRequest opens one into main. Its head is a new branch with one commit,
+	// whose tree is files and whose parent main's tip is as it is now. For
+	// forge.Merger and forge.Commenter.
+	PullRequest func(tb TB, r forge.Repo, files map[string]File) forge.PullRequest
+	// Comments gives the texts beside a pull request. For forge.Commenter.
+	Comments func(tb TB, r forge.Repo, pullRequest int) []string
+	// User makes a user who may approve, or may not, in the repository. For
+	// forge.Permissions.
+	User func(tb TB, r forge.Repo, mayApprove bool) forge.User
 }
 
 // Webhooks are what a forge sends.
 type Webhooks struct {
 	// Request is a delivery of an event's body as the forge would send it, with its
-	// headers, among them a signature or token made with secret.
+	// headers, among them a signature or token made with secret. The same arguments
+	// give the same headers, with the exception of SignedBy.
 	Request func(tb TB, event string, body, secret []byte) *http.Request
+	// SignedBy names the headers that authenticate a request. It may be nil where
+	// they are those that differ when only the secret does.
+	SignedBy []string
+	// Secret is set where the forge has the secret and asks no SecretFunc, as with
+	// forge/remoteforge: it is that secret.
+	Secret []byte
 	// Deliveries are of the forge itself, from its documentation or its source.
 	Deliveries []Delivery
 }
@@ -90,8 +112,9 @@ type Delivery struct {
 	Body  []byte
 	// Repo is what the secret is asked for, "owner/name".
 	Repo string
-	// Golden is the file with the event as indented JSON, written when the test's
-	// -update is given. Empty: it is an error that wraps Err.
+	// Golden is the file with the event as indented JSON. It is written when the
+	// test has a boolean flag "update" and -update is given. Empty: the delivery is
+	// an error that wraps Err.
 	Golden string
 	Err    error // forge.ErrIgnored or forge.ErrInvalid
 }
@@ -99,8 +122,9 @@ type Delivery struct {
 // Check is one promise of package forge.
 type Check struct {
 	Name string
-	// Needs says whether the promise is made by the driver; nil: by every one.
-	Needs func(f forge.Forge) bool
+	// Needs says whether the promise is made by the driver, and whether the fixture
+	// has what it takes to check it; nil: always.
+	Needs func(f Fixture) bool
 	Run   func(tb TB, f Fixture)
 }
 
@@ -114,8 +138,8 @@ func Run(t *testing.T, h Harness) {
 					t.Errorf("Close: %v", err)
 				}
 			})
-			if c.Needs != nil && !c.Needs(f.Forge) {
-				t.Logf("the driver makes no such promise: %s", c.Name)
+			if c.Needs != nil && !c.Needs(f) {
+				t.Logf("does not apply to this driver, or to this fixture: %s", c.Name)
 				return
 			}
 			c.Run(t, f)
@@ -123,11 +147,18 @@ func Run(t *testing.T, h Harness) {
 	}
 }
 
-func statuses(f forge.Forge) bool { return f.Capabilities().Statuses }
-func webhooks(f forge.Forge) bool { return f.Capabilities().Webhooks }
+func statuses(f Fixture) bool { return f.Forge.Capabilities().Statuses }
+func webhooks(f Fixture) bool { return f.Forge.Capabilities().Webhooks }
+func secrets(f Fixture) bool  { return webhooks(f) && (f.Webhooks == nil || f.Webhooks.Secret == nil) }
+func merges(f Fixture) bool   { return optional[forge.Merger](f) && f.PullRequest != nil }
+func comments(f Fixture) bool {
+	return optional[forge.Commenter](f) && f.PullRequest != nil && f.Comments != nil
+}
+func permits(f Fixture) bool { return optional[forge.Permissions](f) && f.User != nil }
+func forgets(f Fixture) bool { return optional[forge.StatusForgetter](f) && f.Statuses != nil }
 
-func optional[T any](f forge.Forge) bool {
-	_, ok := forge.As[T](f)
+func optional[T any](f Fixture) bool {
+	_, ok := forge.As[T](f.Forge)
 	return ok
 }
 
@@ -149,7 +180,16 @@ func Checks() []Check {
 		{"InvalidRepo", nil, checkInvalidRepo},
 		{"Clone", nil, checkClone},
 		{"Context", nil, checkContext},
-		{"WebhooksUnsupported", func(f forge.Forge) bool { return !webhooks(f) }, checkWebhooksUnsupported},
+		{"WebhooksUnsupported", func(f Fixture) bool { return !webhooks(f) }, checkWebhooksUnsupported},
+		{"WebhookEvents", webhooks, checkWebhookEvents},
+		{"WebhookErrors", webhooks, checkWebhookErrors},
+		{"WebhookForged", webhooks, checkWebhookForged},
+		{"WebhookSecret", secrets, checkWebhookSecret},
+		{"WebhookReplay", webhooks, checkWebhookReplay},
+		{"WebhookTruncated", webhooks, checkWebhookTruncated},
+		{"WebhookOversized", webhooks, checkWebhookOversized},
+		{"WebhookContext", webhooks, checkWebhookContext},
+		{"WebhookHostile", webhooks, checkWebhookHostile},
 		{"Statuses", statuses, checkStatuses},
 		{"StatusIdempotent", statuses, checkStatusIdempotent},
 		{"StatusOrder", statuses, checkStatusOrder},
@@ -159,6 +199,11 @@ func Checks() []Check {
 		{"Heads", optional[forge.HeadLister], checkHeads},
 		{"ChangedPaths", optional[forge.ChangedPaths], checkChangedPaths},
 		{"ChangedPathsLimit", optional[forge.ChangedPaths], checkChangedPathsLimit},
+		{"Merge", merges, checkMerge},
+		{"MergeConflict", merges, checkMergeConflict},
+		{"Comment", comments, checkComment},
+		{"MayApprove", permits, checkMayApprove},
+		{"ForgetStatuses", forgets, checkForgetStatuses},
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/http"
 	"path"
 	"runtime"
 	"slices"
@@ -25,12 +24,16 @@ type model struct {
 	mu    sync.Mutex
 	repos map[string]*repo
 	fault fault
+	made  int // deliveries
 }
 
 type repo struct {
 	commits  map[string]map[string]forgetest.File
 	refs     map[string]string
 	statuses map[string]map[string]forge.Status
+	pulls    []pull
+	comments map[int][][2]string // key and text
+	users    map[string]bool     // by ID: may approve
 }
 
 // fault is one deviation; the functions see the arguments and the right answer.
@@ -43,6 +46,7 @@ type fault struct {
 	heads     func(map[string]string) map[string]string
 	changed   func(base string, limit int, got []string, cut bool, err error) ([]string, bool, error)
 	webhook   error
+	bug       bug
 	open      func(m *model, name string, err error) (*repo, error)
 	deaf      bool // to a cancelled context
 }
@@ -258,40 +262,21 @@ func (m *model) ChangedPaths(ctx context.Context, r forge.Repo, base, head strin
 	return got, cut, err
 }
 
-func (m *model) ParseWebhook(context.Context, *http.Request, forge.SecretFunc) (forge.Event, error) {
-	if m.fault.webhook != nil {
-		return forge.Event{}, m.fault.webhook
-	}
-	return forge.Event{}, errors.ErrUnsupported
+func (m *model) Capabilities() forge.Capabilities {
+	return forge.Capabilities{Statuses: true, Webhooks: m.fault.webhook == nil}
 }
-
-func (m *model) Capabilities() forge.Capabilities { return forge.Capabilities{Statuses: true} }
-func (m *model) Close() error                     { return nil }
+func (m *model) Close() error { return nil }
 
 func fixture(f fault) forgetest.Fixture {
 	m := &model{repos: map[string]*repo{}, fault: f}
 	return forgetest.Fixture{
 		Forge: m,
 		Repo: func(_ forgetest.TB, name string) forge.Repo {
-			m.repos["team/"+name] = &repo{
-				commits: map[string]map[string]forgetest.File{}, refs: map[string]string{}, statuses: map[string]map[string]forge.Status{},
-			}
+			m.repos["team/"+name] = empty()
 			return forge.Repo{Owner: "team", Name: name}
 		},
 		Commit: func(_ forgetest.TB, r forge.Repo, branch string, files map[string]forgetest.File) string {
-			found := m.repos[r.FullName()]
-			files = maps.Clone(files)
-			for name, file := range files {
-				if file.Mode == "" {
-					file.Mode = forgetest.Regular
-				}
-				files[name] = file
-			}
-			sum := sha1.Sum(fmt.Append(nil, branch, len(found.commits)))
-			commit := hex.EncodeToString(sum[:])
-			found.commits[commit] = files
-			found.refs["refs/heads/"+branch] = commit
-			return commit
+			return m.repos[r.FullName()].commit("refs/heads/"+branch, files)
 		},
 		Tag: func(_ forgetest.TB, r forge.Repo, name, commit string, _ bool) {
 			m.repos[r.FullName()].refs["refs/tags/"+name] = commit
@@ -308,11 +293,34 @@ func fixture(f fault) forgetest.Fixture {
 			defer m.mu.Unlock()
 			return slices.Collect(maps.Values(m.repos[r.FullName()].statuses[commit]))
 		},
+		Webhooks:    webhooks(),
+		PullRequest: m.pullRequest,
+		Comments:    m.commentsOf,
+		User:        m.user,
 	}
 }
 
+func (r *repo) commit(ref string, files map[string]forgetest.File) string {
+	files = maps.Clone(files)
+	for name, file := range files {
+		if file.Mode == "" {
+			file.Mode = forgetest.Regular
+		}
+		files[name] = file
+	}
+	sum := sha1.Sum(fmt.Append(nil, ref, len(r.commits)))
+	commit := hex.EncodeToString(sum[:])
+	r.commits[commit] = files
+	r.refs[ref] = commit
+	return commit
+}
+
 func TestModel(t *testing.T) {
-	forgetest.Run(t, forgetest.Harness{New: func(forgetest.TB) forgetest.Fixture { return fixture(fault{}) }})
+	for name, f := range map[string]fault{"webhooks": {}, "no webhooks": {webhook: errors.ErrUnsupported}} {
+		t.Run(name, func(t *testing.T) {
+			forgetest.Run(t, forgetest.Harness{New: func(forgetest.TB) forgetest.Fixture { return fixture(f) }})
+		})
+	}
 }
 
 // recorder is a TB that keeps failures to itself.
@@ -477,6 +485,20 @@ var faults = map[string][]fault{
 		}},
 		{changed: func(_ string, _ int, got []string, cut bool, err error) ([]string, bool, error) { return got, cut, err }},
 	},
+	"WebhookEvents":    {{bug: "another commit"}, {bug: "another repository"}},
+	"WebhookErrors":    {{bug: "ignores nothing"}, {bug: "gives no reason"}, {bug: "ignores what is malformed"}},
+	"WebhookForged":    {{bug: "verifies nothing"}, {bug: "compares a prefix"}, {bug: "needs no signature"}, {bug: "ignores before it verifies"}, {bug: "trims the body"}},
+	"WebhookSecret":    {{bug: "takes an empty secret"}, {bug: "keeps the error"}, {bug: "asks for the name"}, {bug: "ignores before it verifies"}},
+	"WebhookReplay":    {{bug: "makes up a delivery"}},
+	"WebhookTruncated": {{bug: "ignores what is malformed"}, {bug: "takes a broken body for its end"}},
+	"WebhookOversized": {{bug: "cuts the body"}, {bug: "reads on"}},
+	"WebhookContext":   {{deaf: true}},
+	"WebhookHostile":   {{bug: "panics"}, {bug: "does not validate"}},
+	"Merge":            {{bug: "merges nothing"}, {bug: "takes the old base"}},
+	"MergeConflict":    {{bug: "settles conflicts"}, {bug: "any pull request"}},
+	"Comment":          {{bug: "adds"}, {bug: "takes a prefix of the key"}, {bug: "takes any key"}, {bug: "any pull request"}},
+	"MayApprove":       {{bug: "goes by login"}, {bug: "trusts strangers"}},
+	"ForgetStatuses":   {{bug: "forgets all"}, {bug: "forgets once"}, {bug: "forgets nothing"}},
 }
 
 // swap replaces an error by another.
@@ -490,7 +512,10 @@ func swap(err, from, to error) error {
 func err2nil(err, from error) error { return swap(err, from, nil) }
 
 func empty() *repo {
-	return &repo{commits: map[string]map[string]forgetest.File{}, refs: map[string]string{}, statuses: map[string]map[string]forge.Status{}}
+	return &repo{
+		commits: map[string]map[string]forgetest.File{}, refs: map[string]string{}, statuses: map[string]map[string]forge.Status{},
+		comments: map[int][][2]string{}, users: map[string]bool{},
+	}
 }
 
 func TestEveryCheckBites(t *testing.T) {

@@ -36,28 +36,6 @@ func gitIn(tb forgetest.TB, dir string) func(stdin string, args ...string) strin
 	}
 }
 
-// addCommit makes a commit without a work tree, so that any name will do.
-func addCommit(tb forgetest.TB, dir, branch string, files map[string]forgetest.File) string {
-	git := gitIn(tb, dir)
-	git("", "read-tree", "--empty")
-	var info strings.Builder
-	for name, file := range files {
-		mode := file.Mode
-		if mode == "" {
-			mode = forgetest.Regular
-		}
-		info.WriteString(string(mode) + " " + git(file.Content, "hash-object", "-w", "--stdin") + "\t" + name + "\x00")
-	}
-	git(info.String(), "update-index", "-z", "--add", "--index-info")
-	args := []string{"commit-tree", git("", "write-tree")}
-	if parent := git("", "for-each-ref", "--format=%(objectname)", "refs/heads/"+branch); parent != "" {
-		args = append(args, "-p", parent)
-	}
-	commit := git("a commit\n", args...)
-	git("", "update-ref", "refs/heads/"+branch, commit)
-	return commit
-}
-
 func fixture(tb forgetest.TB, format string, single bool) forgetest.Fixture {
 	root := tb.TempDir()
 	config := localgit.Config{Root: root}
@@ -81,14 +59,10 @@ func fixture(tb forgetest.TB, format string, single bool) forgetest.Fixture {
 			return r
 		},
 		Commit: func(tb forgetest.TB, r forge.Repo, branch string, files map[string]forgetest.File) string {
-			return addCommit(tb, path(r), branch, files)
+			return forgetest.Git{Dir: path(r)}.Commit(tb, branch, files)
 		},
 		Tag: func(tb forgetest.TB, r forge.Repo, name, commit string, annotated bool) {
-			if annotated {
-				gitIn(tb, path(r))("", "tag", "-a", "-m", "a tag", "--", name, commit)
-			} else {
-				gitIn(tb, path(r))("", "tag", "--", name, commit)
-			}
+			forgetest.Git{Dir: path(r)}.Tag(tb, name, commit, annotated)
 		},
 		Fetch: func(tb forgetest.TB, c forge.Clone, commit, name string) (string, error) {
 			dir := filepath.Join(tb.TempDir(), "clone")

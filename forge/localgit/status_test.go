@@ -23,7 +23,7 @@ func TestForgetStatuses(t *testing.T) {
 	repo := forge.Repo{Name: "repo"}
 	var commits []string
 	for _, content := range []string{"a", "b"} {
-		c := addCommit(t, git, "main", map[string]forgetest.File{"f": {Content: content}})
+		c := forgetest.Git{Dir: git}.Commit(t, "main", map[string]forgetest.File{"f": {Content: content}})
 		if err := f.ReportStatus(t.Context(), repo, c, forge.Status{Key: "k", Version: 1, State: forge.StatusSuccess}); err != nil {
 			t.Fatal(err)
 		}

@@ -76,8 +76,9 @@ var heavy = []string{
 	"github.com/minio", "libvirt.org", "runtime/cgo", "C", Module + "/internal",
 	Module + "/queue/sqlqueue", Module + "/queue/amqpqueue", Module + "/queue/memqueue",
 	Module + "/blobstore/fsblob", Module + "/blobstore/s3blob", Module + "/blobstore/memblob",
-	Module + "/vmprovider/processvm", Module + "/vmprovider/libvirtvm", Module + "/vmprovider/memvm",
+	Module + "/vmprovider/processvm", Module + "/vmprovider/libvirtvm", Module + "/vmprovider/memvm", Module + "/vmprovider/remotevm",
 	Module + "/forge/localgit", Module + "/forge/github", Module + "/forge/gitlab", Module + "/forge/forgejo",
+	Module + "/forge/remoteforge",
 	Module + "/solstice/logstream/filelog", Module + "/solstice/logstream/bloblog",
 }
 
@@ -151,6 +152,7 @@ func TestNoModuleIsReplaced(t *testing.T) {
 		{dir: "."},
 		{dir: "internal/bench", allowed: "replace " + Module + " => ../.."},
 		{dir: "examples/qemuvm", allowed: "replace " + Module + " => ../.."},
+		{dir: "examples/bareforge", allowed: "replace " + Module + " => ../.."},
 	} {
 		data, err := os.ReadFile(filepath.Join(root, mod.dir, "go.mod"))
 		if err != nil {
@@ -177,31 +179,39 @@ func TestPeersStayOutside(t *testing.T) {
 	}
 }
 
-// TestGuideShowsWhatIsThere: the code in the guide for providers is taken from
-// files that are compiled and tested.
-func TestGuideShowsWhatIsThere(t *testing.T) {
-	guide, err := os.ReadFile(filepath.Join(root, "docs/writing-a-vm-provider.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var sources []string
-	for _, pattern := range []string{
-		"examples/qemuvm/*.go", "vmprovider/*.go", "vmprovider/vmprovidertest/*.go", "vmprovider/remotevm/*.go",
-		"solstice/api/proto/solstice/provider/v1/*.proto",
+// TestGuidesShowWhatIsThere: the code in the guides is taken from files that are
+// compiled and tested.
+func TestGuidesShowWhatIsThere(t *testing.T) {
+	for name, patterns := range map[string][]string{
+		"docs/writing-a-vm-provider.md": {
+			"examples/qemuvm/*.go", "vmprovider/*.go", "vmprovider/vmprovidertest/*.go", "vmprovider/remotevm/*.go",
+			"solstice/api/proto/solstice/provider/v1/*.proto",
+		},
+		"docs/writing-a-forge.md": {
+			"examples/bareforge/*.go", "forge/*.go", "forge/forgetest/*.go", "forge/remoteforge/*.go",
+			"solstice/api/proto/solstice/forge/v1/*.proto",
+		},
 	} {
-		files, err := filepath.Glob(filepath.Join(root, pattern))
-		if err != nil || len(files) == 0 {
-			t.Fatalf("%s: %v, %v", pattern, files, err)
+		guide, err := os.ReadFile(filepath.Join(root, name))
+		if err != nil {
+			t.Fatal(err)
 		}
-		for _, file := range files {
-			b, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
+		var sources []string
+		for _, pattern := range patterns {
+			files, err := filepath.Glob(filepath.Join(root, pattern))
+			if err != nil || len(files) == 0 {
+				t.Fatalf("%s: %v, %v", pattern, files, err)
 			}
-			sources = append(sources, string(b))
+			for _, file := range files {
+				b, err := os.ReadFile(file)
+				if err != nil {
+					t.Fatal(err)
+				}
+				sources = append(sources, string(b))
+			}
 		}
+		report(t, Invented(string(guide), []string{"go", "proto"}, sources))
 	}
-	report(t, Invented(string(guide), []string{"go", "proto"}, sources))
 }
 
 func TestNoPathsOfOneMachine(t *testing.T) {

@@ -17,18 +17,13 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"net"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/keepalive"
 
+	"github.com/solstice-ci/solstice-go/internal/plugin"
 	pb "github.com/solstice-ci/solstice-go/solstice/api/providerv1"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
@@ -45,6 +40,8 @@ type Config struct {
 	// Watch and List; 0: 10 min.
 	CallTimeout time.Duration
 }
+
+var wraps = plugin.Errors{Invalid: vmprovider.ErrInvalid, Unavailable: vmprovider.ErrUnavailable}
 
 // Provider is a vmprovider.Provider. Which of Consoler, Watcher and ImagePreparer
 // it is too is the plugin's: ask vmprovider.As.
@@ -67,22 +64,9 @@ func Open(ctx context.Context, cfg Config) (*Provider, error) {
 	if cfg.CallTimeout == 0 {
 		cfg.CallTimeout = 10 * time.Minute
 	}
-	dial, creds, err := target(cfg)
+	conn, err := plugin.Connect(cfg.Target, cfg.TLS, wraps)
 	if err != nil {
 		return nil, err
-	}
-	conn, err := grpc.NewClient("passthrough:///"+cfg.Target,
-		grpc.WithContextDialer(dial),
-		grpc.WithTransportCredentials(creds),
-		grpc.WithNoProxy(),
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTime, PermitWithoutStream: true}),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 10 * time.Second},
-			MinConnectTimeout: 5 * time.Second,
-		}),
-	)
-	if err != nil {
-		return nil, fmt.Errorf("%w: plugin %s: %w", vmprovider.ErrInvalid, cfg.Target, err)
 	}
 	p := &Provider{cfg: cfg, conn: conn, rpc: pb.NewProviderServiceClient(conn), close: sync.OnceValue(conn.Close)}
 	p.ended, p.end = context.WithCancel(context.Background())
@@ -97,24 +81,6 @@ func Open(ctx context.Context, cfg Config) (*Provider, error) {
 		return nil, fmt.Errorf("%w: plugin %s: %w", vmprovider.ErrUnavailable, cfg.Target, err)
 	}
 	return p, nil
-}
-
-type dialer = func(ctx context.Context, addr string) (net.Conn, error)
-
-func target(cfg Config) (dialer, credentials.TransportCredentials, error) {
-	var d net.Dialer
-	if path, ok := strings.CutPrefix(cfg.Target, "unix:"); ok && path != "" {
-		return func(ctx context.Context, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", path) }, insecure.NewCredentials(), nil
-	}
-	if _, _, err := net.SplitHostPort(cfg.Target); err != nil {
-		return nil, nil, fmt.Errorf("%w: plugin %q: want unix:PATH or HOST:PORT", vmprovider.ErrInvalid, cfg.Target)
-	}
-	if cfg.TLS == nil {
-		return nil, nil, fmt.Errorf("%w: plugin %s: TCP needs TLS", vmprovider.ErrInvalid, cfg.Target)
-	}
-	c := cfg.TLS.Clone()
-	c.MinVersion = max(c.MinVersion, tls.VersionTLS13)
-	return func(ctx context.Context, _ string) (net.Conn, error) { return d.DialContext(ctx, "tcp", cfg.Target) }, credentials.NewTLS(c), nil
 }
 
 // Name of the plugin and its version, for people.

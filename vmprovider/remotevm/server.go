@@ -5,11 +5,10 @@ import (
 	"errors"
 	"io"
 	"sync"
-	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/keepalive"
 
+	"github.com/solstice-ci/solstice-go/internal/plugin"
 	pb "github.com/solstice-ci/solstice-go/solstice/api/providerv1"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 )
@@ -55,14 +54,7 @@ func NewServer(p vmprovider.Provider, o ServerOptions) *Server {
 
 // GRPCOptions let clients of this package look now and then whether the server is
 // still there.
-func GRPCOptions() []grpc.ServerOption {
-	return []grpc.ServerOption{
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTime}),
-	}
-}
-
-const keepaliveTime = 20 * time.Second
+func GRPCOptions() []grpc.ServerOption { return plugin.ServerOptions() }
 
 // Info implements the service.
 func (s *Server) Info(context.Context, *pb.InfoRequest) (*pb.InfoResponse, error) {
