@@ -161,7 +161,7 @@ type Pool struct {
 	// engines that have the pool at the same host keep that many together. They
 	// count as all machines do, and give way when jobs of the host's other pools
 	// need the room. One is replaced when its agent falls silent, and gets no job
-	// once Image, CPUs, MemoryBytes, DiskBytes or AgentSHA256 are other ones. While
+	// once Image, CPUs, MemoryBytes, DiskBytes, AgentSHA256 or Recipe are other ones. While
 	// they do not come to be ready, fewer and fewer are tried: Tick to 60 Ticks
 	// apart.
 	Warm int
@@ -178,6 +178,9 @@ type Pool struct {
 	RunnerURL string
 	// AgentSHA256 of the agents at RunnerURL, hex by "os/arch".
 	AgentSHA256 map[string]string
+	// Recipe stands for whatever else Provider makes machines from, such as their
+	// network: those of another one get no job of the pool.
+	Recipe string
 }
 
 func orDefault[T comparable](v *T, d T) {

@@ -61,18 +61,25 @@ func (e *Engine) Cancel(ctx context.Context, runID, reason string) error {
 	return nil
 }
 
-// Approve lets a run begin that awaits approval. commit is what was looked at;
-// another one than the run's wraps ErrInvalid, so that nothing else is let in.
+// Approve lets a run begin that awaits approval. commit is what was looked at: of a
+// pull request its head. Another one than the run's wraps ErrInvalid, so that nothing else is let in.
 // A run that does not await approval (any more) wraps ErrOver.
 func (e *Engine) Approve(ctx context.Context, runID, commit string) (Run, error) {
 	err := e.withRun(ctx, runID, func(ctx context.Context, t *store.RunTx) error {
 		if t.Run.State != store.RunAwaitingApproval {
 			return fmt.Errorf("%w: run %s is %s, it does not await approval", ErrOver, runID, t.Run.State)
 		}
-		if t.Run.Commit != commit {
-			return fmt.Errorf("%w: run %s is of commit %s, not %s", ErrInvalid, runID, t.Run.Commit, firstOf(commit, "an empty one"))
+		if head := firstOf(t.Run.Head, t.Run.Commit); commit != head {
+			return fmt.Errorf("%w: run %s is of commit %s, not %s", ErrInvalid, runID, head, firstOf(commit, "an empty one"))
 		}
 		t.Run.Awaits = ""
+		may, err := t.MayBegin(ctx)
+		switch {
+		case err != nil:
+			return err
+		case !may:
+			return t.SetRun(ctx, store.RunPlanning, waitsForGroup)
+		}
 		return t.SetRun(ctx, store.RunQueued, "")
 	})
 	if err != nil {
@@ -117,6 +124,7 @@ func (e *Engine) Rerun(ctx context.Context, runID string, o RerunOptions) (Run, 
 		ID: newID(), State: store.RunQueued, Forge: old.Forge, Repo: old.Repo, RepoKey: old.RepoKey, Commit: old.Commit, Ref: old.Ref,
 		Event: old.Event, Inputs: old.Inputs, WorkflowPath: old.WorkflowPath, WorkflowName: old.WorkflowName, Priority: old.Priority,
 		RerunOf: old.ID, IdempotencyKey: o.IdempotencyKey, Trace: traceParent(ctx),
+		Head: old.Head, Note: old.Note, Concurrency: old.Concurrency,
 	}
 	awaitApproval(run, old.Awaits) // to cancel is not to approve
 	again := map[string]bool{}     // by key: all combinations share the fate of what needs them
@@ -151,6 +159,7 @@ func (e *Engine) Rerun(ctx context.Context, runID string, o RerunOptions) (Run, 
 		}
 		jobs = append(jobs, n)
 	}
+	enterGroup(run)
 	applyDecisions(run, jobs)
 	err = e.store.InsertRun(ctx, run, jobs)
 	if errors.Is(err, store.ErrDuplicate) {

@@ -50,6 +50,7 @@ type Engine struct {
 	pools   []*pool
 
 	relayKick flag
+	groupKick flag
 	wakes     *wakeSender
 	listener  net.Listener
 	contacts  []string // of this engine
@@ -76,7 +77,7 @@ func New(cfg Config) (*Engine, error) {
 	}
 	e := &Engine{
 		cfg: cfg, id: newID(), log: cfg.Logger, tracer: cfg.TracerProvider.Tracer("github.com/solstice-ci/solstice-go/solstice"),
-		hub: newHub(), relayKick: newFlag(), sessions: map[string]*session{}, slots: map[string]struct{}{}, slotFree: make(chan struct{}),
+		hub: newHub(), relayKick: newFlag(), groupKick: newFlag(), sessions: map[string]*session{}, slots: map[string]struct{}{}, slotFree: make(chan struct{}),
 	}
 	e.space = newSpace(cfg.Space, 2*e.renewal()+time.Second)
 	e.lookSpace(context.Background())
@@ -169,6 +170,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	start(e.renewLoop)
 	start(e.reapLoop)
 	start(e.collectLoop)
+	start(e.groupLoop)
 	start(e.relayLoop)
 	start(e.wakes.loop)
 	for _, p := range e.pools {

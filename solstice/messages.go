@@ -16,15 +16,17 @@ import (
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/queue"
 	"github.com/solstice-ci/solstice-go/solstice/api/messages"
+	"github.com/solstice-ci/solstice-go/solstice/workflow"
 )
 
 // statuses says what a change means for the forge; it runs inside the
 // transaction of the change, so it only looks at its arguments.
 func (e *Engine) statuses(run *store.Run, jobs []*store.Job) []store.OutboxMessage {
 	repo := decode[forge.Repo](run.Repo)
+	commit := firstOf(run.Head, run.Commit)
 	var out []store.OutboxMessage
 	add := func(s forge.Status) {
-		m, err := messages.Encode(messages.Status{Forge: run.Forge, Repo: repo, Commit: run.Commit, Status: s})
+		m, err := messages.Encode(messages.Status{Forge: run.Forge, Repo: repo, Commit: commit, Status: s})
 		if err != nil { // a key too long, say: no reason to hold up the job
 			e.log.Error("status not reported", "run_id", run.ID, "key", s.Key, "error", err)
 			return
@@ -33,7 +35,7 @@ func (e *Engine) statuses(run *store.Run, jobs []*store.Job) []store.OutboxMessa
 			m.Attributes["traceparent"] = run.Trace
 		}
 		out = append(out, store.OutboxMessage{
-			Key: run.Forge + "/" + repo.FullName() + "/" + run.Commit + "/" + s.Key, Topic: messages.StatusTopic(run.Forge),
+			Key: run.Forge + "/" + repo.FullName() + "/" + commit + "/" + s.Key, Topic: messages.StatusTopic(run.Forge),
 			Coalesce: true, ContentType: m.ContentType, Attributes: encode(m.Attributes), Body: m.Body,
 		})
 	}
@@ -47,10 +49,41 @@ func (e *Engine) statuses(run *store.Run, jobs []*store.Job) []store.OutboxMessa
 			TargetURL: e.targetURL(run.ID, j.ID), ExternalID: j.ID, StartedAt: timeOf(j.StartedAt), FinishedAt: timeOf(j.FinishedAt),
 		})
 	}
-	add(forge.Status{
-		Key: prefix, Version: statusVersion(run), State: runStatus(run.State), Description: firstOf(run.Reason, describeRun(run.State)),
+	description := firstOf(run.Reason, describeRun(run.State))
+	if run.Note != "" {
+		description += " (" + run.Note + ")"
+	}
+	s := forge.Status{
+		Key: prefix, Version: statusVersion(run), State: runStatus(run.State), Description: description,
 		TargetURL: e.targetURL(run.ID, ""), ExternalID: run.ID, StartedAt: timeOf(run.StartedAt), FinishedAt: timeOf(run.FinishedAt),
-	})
+	}
+	if run.State == store.RunAwaitingApproval {
+		s.Actions = append(s.Actions, forge.ActionApprove)
+	}
+	if !run.State.Terminal() {
+		s.Actions = append(s.Actions, forge.ActionCancel)
+	}
+	s.Annotations = annotations(decode[workflow.Diagnostics](run.Diagnostics))
+	add(s)
+	return out
+}
+
+// maxAnnotations bounds what is shown of a workflow file that has nothing but errors.
+const maxAnnotations = 50
+
+// annotations are the remarks about a workflow file, at their lines.
+func annotations(diags workflow.Diagnostics) []forge.Annotation {
+	var out []forge.Annotation
+	for _, d := range diags[:min(len(diags), maxAnnotations)] {
+		a := forge.Annotation{Path: d.Path, Line: d.Line, Column: d.Column, Level: forge.LevelWarning, Message: d.Message}
+		if d.Severity == workflow.SeverityError {
+			a.Level = forge.LevelFailure
+		}
+		if d.Hint != "" {
+			a.Message += "\n" + d.Hint
+		}
+		out = append(out, a)
+	}
 	return out
 }
 
@@ -321,7 +354,13 @@ func (e *Engine) handleRunRequest(ctx context.Context, m queue.Message, r RunReq
 		}
 		r.IdempotencyKey = "message/" + m.ID
 	}
-	err := e.submitPatiently(ctx, r)
+	var err error
+	switch r.Event.Kind {
+	case forge.KindRerun, forge.KindCancel, forge.KindApprove:
+		err = e.pressed(ctx, r)
+	default:
+		err = e.submitPatiently(ctx, r)
+	}
 	switch {
 	case errors.Is(err, ErrInvalid), errors.Is(err, forge.ErrNotFound), errors.Is(err, forge.ErrInvalid):
 		return queue.Discard(err)

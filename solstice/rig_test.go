@@ -324,16 +324,7 @@ func (p *plant) commit(t testing.TB, files map[string]string) string {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	git := func(args ...string) string {
-		t.Helper()
-		cmd := exec.Command("git", append([]string{"-C", dir, "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"}, args...)...)
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Fatalf("git %v: %v\n%s", args, err, out)
-		}
-		return strings.TrimSpace(string(out))
-	}
-	git("init", "-q")
+	p.git(t, "init", "-q")
 	for name, content := range files {
 		path := filepath.Join(dir, filepath.FromSlash(name))
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -343,9 +334,20 @@ func (p *plant) commit(t testing.TB, files map[string]string) string {
 			t.Fatal(err)
 		}
 	}
-	git("add", "-A")
-	git("commit", "-q", "-m", "test")
-	return git("rev-parse", "HEAD")
+	p.git(t, "add", "-A")
+	p.git(t, "commit", "-q", "-m", "test")
+	return p.git(t, "rev-parse", "HEAD")
+}
+
+// git runs git in the repository of the plant.
+func (p *plant) git(t testing.TB, args ...string) string {
+	t.Helper()
+	cmd := exec.Command("git", append([]string{"-C", p.repoDir(), "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"}, args...)...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("git %v: %v\n%s", args, err, out)
+	}
+	return strings.TrimSpace(string(out))
 }
 
 // submit commits a workflow and submits it; it expects one run.

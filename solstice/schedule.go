@@ -20,9 +20,10 @@ type decision struct {
 
 // decide looks at one plan as it stands and says which waiting jobs can go on.
 // Deciding one job may make the next decidable, so callers apply the decisions
-// and ask again until there are none. No job of a run that awaits approval can.
+// and ask again until there are none. No job of a run that awaits approval, or its
+// turn in a concurrency group, can.
 func decide(run *store.Run, jobs []*store.Job) []decision {
-	if run.State == store.RunAwaitingApproval {
+	if run.State == store.RunAwaitingApproval || run.State == store.RunPlanning {
 		return nil
 	}
 	byKey := map[string][]*store.Job{}
@@ -194,6 +195,9 @@ func (e *Engine) changed(c store.Change) {
 	}
 	if len(c.Labels) > 0 {
 		e.wake(c.Labels)
+	}
+	if c.Run != nil && c.Run.Concurrency != "" {
+		e.groupKick.set()
 	}
 	e.relayKick.set()
 }

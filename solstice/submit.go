@@ -75,14 +75,23 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 			return nil, fmt.Errorf("solstice: resolve %q: %w", firstOf(r.Ref, "HEAD"), err)
 		}
 	}
+	if why := unwanted(r.Event); why != "" && r.Workflow == "" {
+		e.log.InfoContext(ctx, "event starts nothing", "repo", r.Repo.FullName(), "commit", r.Commit, "why", why)
+		return nil, nil
+	}
+	about, err := e.subjectOf(ctx, f, r)
+	if err != nil {
+		return nil, err
+	}
+	r.Commit = about.commit
 	r.Event.Commit, r.Event.Ref, r.Event.Repo = r.Commit, r.Ref, r.Repo
 
-	files, err := workflowFiles(ctx, f, r.Repo, r.Commit)
+	files, err := workflowFiles(ctx, f, r.Repo, about.workflows)
 	if err != nil {
 		return nil, err
 	}
 	if len(files) == 0 {
-		return nil, fmt.Errorf("%w: commit %.12s of %s has neither %s nor a file in %s/", ErrNoWorkflow, r.Commit, r.Repo.FullName(), workflow.File, workflow.Dir)
+		return nil, fmt.Errorf("%w: commit %.12s of %s has neither %s nor a file in %s/", ErrNoWorkflow, about.workflows, r.Repo.FullName(), workflow.File, workflow.Dir)
 	}
 	var known []string
 	found := false
@@ -98,6 +107,11 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 		default:
 			known = append(known, file)
 		}
+		if r.Workflow == "" && asksForPaths(w, r.Event.Kind) {
+			if r.Event.ChangedPaths, err = changedPaths(ctx, f, r, about); err != nil {
+				return runs, err
+			}
+		}
 		if r.Workflow != "" {
 			if r.Workflow != file && r.Workflow != w.Name && r.Workflow != base && r.Workflow != stem {
 				continue
@@ -107,7 +121,7 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 			continue
 		}
 		found = true
-		run, err := e.accept(ctx, r, w, diags)
+		run, err := e.accept(ctx, r, about, w, diags)
 		if err != nil {
 			return runs, e.noted(err)
 		}
@@ -168,13 +182,15 @@ func triggerOf(ev forge.Event) workflow.Trigger {
 
 // accept plans one workflow and writes the run, or finds the one that an
 // earlier delivery of the same request made.
-func (e *Engine) accept(ctx context.Context, r RunRequest, w *workflow.Workflow, diags workflow.Diagnostics) (Run, error) {
+func (e *Engine) accept(ctx context.Context, r RunRequest, about subject, w *workflow.Workflow, diags workflow.Diagnostics) (Run, error) {
 	run := &store.Run{
 		ID: newID(), State: store.RunQueued, Forge: r.Forge, Repo: encode(r.Repo), RepoKey: r.Forge + "/" + r.Repo.FullName(),
 		Commit: r.Commit, Ref: r.Ref, Event: encode(r.Event), Delivery: r.Event.Delivery, IdempotencyKey: r.IdempotencyKey,
 		WorkflowPath: w.Path, WorkflowName: w.Name, Priority: r.Priority, Trace: traceParent(ctx),
+		Head: about.head, Note: about.note,
 	}
 	var jobs []*store.Job
+	cancelOlder := false
 	if !diags.HasErrors() {
 		var plan *workflow.Plan
 		var more workflow.Diagnostics
@@ -183,6 +199,7 @@ func (e *Engine) accept(ctx context.Context, r RunRequest, w *workflow.Workflow,
 		if !more.HasErrors() {
 			run.Inputs = encode(plan.Inputs)
 			jobs = plannedJobs(run, plan)
+			run.Concurrency, cancelOlder = groupOf(r, w.Path, plan.Concurrency)
 		}
 	}
 	if diags.HasErrors() {
@@ -192,19 +209,33 @@ func (e *Engine) accept(ctx context.Context, r RunRequest, w *workflow.Workflow,
 		run.Diagnostics = encode(diags)
 	}
 	if !run.State.Terminal() {
-		awaitApproval(run, r.AwaitApproval)
+		awaitApproval(run, about.awaits)
 	}
+	enterGroup(run)
 	applyDecisions(run, jobs)
 	err := e.store.InsertRun(ctx, run, jobs)
-	if errors.Is(err, store.ErrDuplicate) {
-		old, err := e.store.RunByKey(ctx, run.Forge, run.Delivery, run.IdempotencyKey, run.WorkflowPath)
-		if err != nil {
+	duplicate := errors.Is(err, store.ErrDuplicate)
+	if duplicate {
+		if run, err = e.store.RunByKey(ctx, run.Forge, run.Delivery, run.IdempotencyKey, run.WorkflowPath); err != nil {
 			return Run{}, fmt.Errorf("solstice: find the run of an earlier delivery: %w", err)
 		}
-		return e.GetRun(ctx, old.ID)
 	}
 	if err != nil {
 		return Run{}, fmt.Errorf("solstice: accept run: %w", err)
+	}
+	if run.Concurrency != "" && !run.State.Terminal() { // of a duplicate, too: it may have been cut off here
+		if err := e.supersede(ctx, run, cancelOlder); err != nil {
+			return Run{}, fmt.Errorf("solstice: end older runs of the concurrency group: %w", err)
+		}
+		if err := e.begin(ctx, run.ID); err != nil {
+			return Run{}, err
+		}
+		duplicate = true // it may have gone on
+	}
+	if duplicate {
+		e.groupKick.set()
+		e.relayKick.set()
+		return e.GetRun(ctx, run.ID)
 	}
 	if !slices.ContainsFunc(jobs, func(j *store.Job) bool { return !j.State.Terminal() }) && !run.State.Terminal() {
 		// Nothing to run: the state follows from the jobs, as at any other end.

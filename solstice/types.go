@@ -86,13 +86,15 @@ type Run struct {
 	State        RunState              `json:"state"`
 	Forge        string                `json:"forge"`
 	Repo         forge.Repo            `json:"repo"`
-	Commit       string                `json:"commit"`
+	Commit       string                `json:"commit"`         // what is tested
+	Head         string                `json:"head,omitempty"` // of a pull request: beside it statuses stand, and it is what is approved
 	Ref          string                `json:"ref,omitempty"`
 	Workflow     string                `json:"workflow"` // its name
 	WorkflowPath string                `json:"workflow_path"`
 	Event        forge.Kind            `json:"event"` // of a rerun, the first run's
 	RerunOf      string                `json:"rerun_of,omitempty"`
 	Reason       string                `json:"reason,omitempty"` // for people
+	Note         string                `json:"note,omitempty"`   // what people should know besides, one line
 	Diagnostics  []workflow.Diagnostic `json:"diagnostics,omitempty"`
 	CreatedAt    time.Time             `json:"created_at"`
 	StartedAt    time.Time             `json:"started_at,omitzero"`
@@ -178,7 +180,7 @@ func encode(v any) json.RawMessage {
 func publicRun(r *store.Run, jobs []*store.Job) Run {
 	out := Run{
 		ID: r.ID, State: RunState(r.State), Forge: r.Forge, Repo: decode[forge.Repo](r.Repo),
-		Commit: r.Commit, Ref: r.Ref, Workflow: r.WorkflowName, WorkflowPath: r.WorkflowPath,
+		Commit: r.Commit, Head: r.Head, Note: r.Note, Ref: r.Ref, Workflow: r.WorkflowName, WorkflowPath: r.WorkflowPath,
 		Event: decode[forge.Event](r.Event).Kind, RerunOf: r.RerunOf,
 		Reason: r.Reason, Diagnostics: decode[[]workflow.Diagnostic](r.Diagnostics),
 		CreatedAt: timeOf(r.CreatedAt), StartedAt: timeOf(r.StartedAt), FinishedAt: timeOf(r.FinishedAt),

@@ -235,10 +235,11 @@ func BenchmarkColdVM(b *testing.B) {
 	eng, _ := p.start(b, edit, func(c *solstice.Config) { c.Logger, pool = slog.New(m), c.Pools[0] })
 	f := newFloor(b, server, pool)
 	var ours, bare, oursEnd, bareEnd []time.Duration
-	for n := range b.N {
+	theirs := func(n int) {
 		up, end := f.boot(b, n)
 		bare, bareEnd = append(bare, up), append(bareEnd, end())
-
+	}
+	mine := func(n int) {
 		m.forget()
 		r := p.submit(b, eng, fmt.Sprintf("jobs: { a: { checkout: false, steps: [{ run: sleep 600; echo %d }] } }", n))
 		eventually(b, "its agent enrolled", func() bool { return !m.of("agent enrolled").IsZero() })
@@ -254,6 +255,14 @@ func BenchmarkColdVM(b *testing.B) {
 			b.Fatal(err)
 		}
 		finish(b, eng, r.ID)
+	}
+	for n := range b.N {
+		first, second := theirs, mine
+		if n%2 == 1 {
+			first, second = second, first
+		}
+		first(n)
+		second(n)
 	}
 	percentiles(b, "enrolled", ours)
 	percentiles(b, "bare", bare)

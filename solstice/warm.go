@@ -24,7 +24,8 @@ func (p *Pool) recipe() string {
 		CPUs                   int
 		MemoryBytes, DiskBytes int64
 		AgentSHA256            map[string]string
-	}{image, p.CPUs, p.MemoryBytes, p.DiskBytes, p.AgentSHA256}))
+		Recipe                 string
+	}{image, p.CPUs, p.MemoryBytes, p.DiskBytes, p.AgentSHA256, p.Recipe}))
 	return hex.EncodeToString(sum[:16])
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -126,10 +127,11 @@ func (c *approveCmd) Run(e *env) error {
 		if len(commit) < 7 {
 			return unable(fmt.Sprintf("%q is too short for a commit", c.Commit), nil, "give at least 7 characters of the commit that you looked at")
 		}
-		if !strings.HasPrefix(run.Commit, commit) {
-			return exitWith(exitFailed, problem("the run is of another commit: "+run.Commit, nil, "look at that one"))
+		head := cmp.Or(run.Head, run.Commit)
+		if !strings.HasPrefix(head, commit) {
+			return exitWith(exitFailed, problem("the run is of another commit: "+head, nil, "look at that one"))
 		}
-		resp, err := eng.c.ApproveRun(e.ctx, &pb.ApproveRunRequest{RunId: run.ID, Commit: run.Commit})
+		resp, err := eng.c.ApproveRun(e.ctx, &pb.ApproveRunRequest{RunId: run.ID, Commit: head})
 		if err != nil {
 			return err
 		}

@@ -114,7 +114,7 @@ func runOf(r *pb.Run) solstice.Run {
 		Commit: r.GetCommit(), Ref: r.GetRef(), Workflow: r.GetWorkflow(), WorkflowPath: r.GetWorkflowPath(),
 		Event: forge.Kind(r.GetEvent()), RerunOf: r.GetRerunOf(), Reason: r.GetReason(),
 		CreatedAt: timeOf(r.GetCreatedAt()), StartedAt: timeOf(r.GetStartedAt()), FinishedAt: timeOf(r.GetFinishedAt()),
-		LogsRemoved: r.GetLogsRemoved(),
+		LogsRemoved: r.GetLogsRemoved(), Head: r.GetHead(), Note: r.GetNote(),
 	}
 	for _, d := range r.GetDiagnostics() {
 		out.Diagnostics = append(out.Diagnostics, workflow.Diagnostic{

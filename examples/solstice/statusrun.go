@@ -65,6 +65,9 @@ func (r runDetails) print(out *screen) {
 	if r.Reason != "" {
 		about.row(out.faint("because"), plain(r.Reason))
 	}
+	if r.Note != "" {
+		about.row(out.faint("note"), plain(r.Note))
+	}
 	if r.LogsRemoved {
 		about.row(out.faint("logs"), "removed by retention")
 	}

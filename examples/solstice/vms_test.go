@@ -103,7 +103,7 @@ func (v *virtual) workflow(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	has(t, "output", string(out), "machine 1: Linux", "machine 2: Linux", "| # Solstice", "both machines had the repository",
-		"Debian GNU/Linux 12 (bookworm), process 1 is systemd", "status: running", "blobstore/memblob\t", "solstice-go/vmprovider\t", "✓ vms succeeded")
+		"Debian GNU/Linux 12 (bookworm), process 1 is systemd", "status: running", "ok  \tgithub.com/solstice-ci/solstice-go/blobstore/memblob\t", "ok  \tgithub.com/solstice-ci/solstice-go/vmprovider\t", "✓ vms succeeded")
 	v.nothingLeft(t)
 
 	// A run that is killed leaves nothing either.

@@ -126,15 +126,29 @@ func (s *Store) Run(ctx context.Context, id string) (*Run, error) {
 // RunByKey finds the run that made InsertRun say ErrDuplicate. Empty keys are
 // not looked for.
 func (s *Store) RunByKey(ctx context.Context, forge, delivery, idempotencyKey, workflowPath string) (*Run, error) {
+	r, err := runByKey(ctx, s.db, forge, delivery, idempotencyKey, workflowPath)
+	if !errors.Is(err, ErrNotFound) {
+		return r, err
+	}
+	// Who was told of a duplicate may have shared a commit with it that is still to
+	// come (sqldb's groups): a transaction ends after it.
+	err = s.inTx(ctx, func(ctx context.Context, tx bun.Tx, _ int64) error {
+		r, err = runByKey(ctx, tx, forge, delivery, idempotencyKey, workflowPath)
+		return err
+	})
+	return r, err
+}
+
+func runByKey(ctx context.Context, db bun.IDB, forge, delivery, idempotencyKey, workflowPath string) (*Run, error) {
 	r := new(Run)
 	if idempotencyKey != "" {
-		err := s.db.NewSelect().Model(r).Where("idempotency_key = ? AND idempotency_key <> '' AND workflow_path = ?", idempotencyKey, workflowPath).Scan(ctx)
+		err := db.NewSelect().Model(r).Where("idempotency_key = ? AND idempotency_key <> '' AND workflow_path = ?", idempotencyKey, workflowPath).Scan(ctx)
 		if !errors.Is(err, sql.ErrNoRows) {
 			return r, err
 		}
 	}
 	if delivery != "" {
-		err := s.db.NewSelect().Model(r).Where("forge = ? AND delivery = ? AND delivery <> '' AND workflow_path = ?", forge, delivery, workflowPath).Scan(ctx)
+		err := db.NewSelect().Model(r).Where("forge = ? AND delivery = ? AND delivery <> '' AND workflow_path = ?", forge, delivery, workflowPath).Scan(ctx)
 		if !errors.Is(err, sql.ErrNoRows) {
 			return r, err
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/uptrace/bun"
@@ -237,6 +238,31 @@ func (t *RunTx) settle(ctx context.Context) (Change, error) {
 	return c, t.s.emit(ctx, t.tx, t.Now, t.Run, c.Jobs)
 }
 
+// summary says what became of the jobs of a run that is over: of those that did not
+// do well how many there are, and the first by name.
+func summary(jobs []*Job) string {
+	const shown = 3
+	for _, c := range []struct {
+		what   string
+		states []JobState
+	}{{"errored", []JobState{JobErrored}}, {"failed", []JobState{JobFailed, JobTimedOut}}, {"cancelled", []JobState{JobCancelled}}} {
+		var names []string
+		for _, j := range jobs {
+			if slices.Contains(c.states, j.State) {
+				names = append(names, j.Name)
+			}
+		}
+		if n := len(names); n > 0 {
+			text := fmt.Sprintf("%d of %d jobs %s: %s", n, len(jobs), c.what, strings.Join(names[:min(n, shown)], ", "))
+			if n > shown {
+				text += fmt.Sprintf(" and %d more", n-shown)
+			}
+			return text
+		}
+	}
+	return ""
+}
+
 func (t *RunTx) derive() {
 	r, n := t.Run, map[JobState]int{}
 	begun, over := false, 0
@@ -264,6 +290,9 @@ func (t *RunTx) derive() {
 			r.State = RunSkipped
 		default:
 			r.State = RunSucceeded
+		}
+		if !t.runSet {
+			r.Reason = summary(t.Jobs)
 		}
 	case r.State == RunPlanning, r.State == RunAwaitingApproval, r.State.Terminal():
 	case begun || r.State == RunRunning:

@@ -139,6 +139,9 @@ type Run struct {
 	Trace          string          // W3C traceparent of the run's root span
 	Awaits         string          // not empty: why it needs an approval that it has not got
 	Retention      Retention       // how much of it is kept
+	Head           string          // the commit beside which statuses stand; empty: Commit
+	Note           string          // for people, one line; empty: nothing
+	Concurrency    string          // of the runs of a repository with this group one is under way; empty: none
 	Version        int64           // grows with every change
 	CreatedAt      int64
 	StartedAt      int64

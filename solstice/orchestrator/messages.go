@@ -76,7 +76,7 @@ func runPB(r solstice.Run) *pb.Run {
 		Id: r.ID, State: runStates[r.State], Forge: r.Forge, Repo: &pb.Repo{Owner: r.Repo.Owner, Name: r.Repo.Name, Url: r.Repo.URL},
 		Commit: r.Commit, Ref: r.Ref, Workflow: r.Workflow, WorkflowPath: r.WorkflowPath, Event: string(r.Event), RerunOf: r.RerunOf,
 		Reason: text(r.Reason), CreatedAt: stamp(r.CreatedAt), StartedAt: stamp(r.StartedAt), FinishedAt: stamp(r.FinishedAt),
-		LogsRemoved: r.LogsRemoved,
+		LogsRemoved: r.LogsRemoved, Head: r.Head, Note: text(r.Note),
 	}
 	if r.RerunOf != "" {
 		out.Event = "rerun"

@@ -16,6 +16,7 @@ type place int
 
 const (
 	placeWorkflowEnv place = iota
+	placeConcurrency
 	placeJobName
 	placeRunsOn
 	placeJobIf
@@ -36,6 +37,7 @@ var placeRules = [...]struct {
 	script   bool   // what is interpolated is executed
 }{
 	placeWorkflowEnv: {"the workflow's env", "event inputs ref sha repo env", false},
+	placeConcurrency: {"concurrency", "event inputs ref sha repo", false},
 	placeJobName:     {"a job's name", "event inputs matrix ref sha repo", false},
 	placeRunsOn:      {"runs-on", "event inputs matrix ref sha repo", false},
 	placeJobIf:       {"a job's if", "event inputs matrix needs ref sha repo", false},

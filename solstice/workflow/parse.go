@@ -86,6 +86,7 @@ func (p *fileParser) workflow(n *yaml.Node) {
 	if c := get(n, "checkout"); c != nil {
 		w.Checkout = checkout(c)
 	}
+	w.Concurrency = p.concurrency(get(n, "concurrency"))
 	p.byID = map[string]*jobInfo{}
 	for k, v := range entries(get(n, "jobs")) {
 		info := &jobInfo{job: &Job{ID: k.Value, Position: nodePos(k)}, node: v}
@@ -96,6 +97,19 @@ func (p *fileParser) workflow(n *yaml.Node) {
 		p.job(info)
 		w.Jobs = append(w.Jobs, *info.job)
 	}
+}
+
+func (p *fileParser) concurrency(n *yaml.Node) *Concurrency {
+	group := n
+	if g := get(n, "group"); g != nil {
+		group = g
+	}
+	if !isScalar(group) {
+		return nil
+	}
+	p.w.groupAt = nodePos(group)
+	p.template(group, &site{place: placeConcurrency, step: -1})
+	return &Concurrency{Group: strings.TrimSpace(group.Value), CancelInProgress: text(get(n, "cancel-in-progress")) == "true"}
 }
 
 func (p *fileParser) triggers(n *yaml.Node) Triggers {

@@ -26,6 +26,16 @@ func (w *Workflow) Plan(o PlanOptions) (*Plan, Diagnostics) {
 		return nil, r.result()
 	}
 	c := Contexts{Event: o.Contexts.Event, Ref: o.Contexts.Ref, SHA: o.Contexts.SHA, Repo: o.Contexts.Repo, Inputs: p.Inputs}
+	if w.Concurrency != nil {
+		group, err := c.Interpolate(w.Concurrency.Group)
+		switch {
+		case err != nil:
+			r.at(w.groupAt, 1, "the group of concurrency: %s", strings.TrimPrefix(err.Error(), ErrInvalid.Error()+": "))
+		case strings.TrimSpace(group) == "":
+			r.at(w.groupAt, 1, "the group of concurrency comes to nothing")
+		}
+		p.Concurrency = &Concurrency{Group: strings.TrimSpace(group), CancelInProgress: w.Concurrency.CancelInProgress}
+	}
 	names := map[string]bool{}
 	for i := range w.Jobs {
 		j := &w.Jobs[i]

@@ -130,7 +130,7 @@ var (
 			"services":          "start services in a step; the machine is the job's own",
 			"uses":              "there are no reusable workflows",
 			"permissions":       "a job holds no forge credentials",
-			"concurrency":       "",
+			"concurrency":       "it is a key of the workflow",
 			"continue-on-error": "it is a key of steps",
 			"defaults":          "it is a key of the workflow",
 			"runs_on":           "runs-on",
@@ -184,7 +184,7 @@ var (
 	)
 	rootShape = &shape{
 		kind: kindMap, doc: "A Solstice workflow.", foreign: map[string]string{
-			"permissions": "a job holds no forge credentials", "concurrency": "", "run-name": "name", "true": `write "on"`, "steps": "steps belong to a job: jobs.<id>.steps",
+			"permissions": "a job holds no forge credentials", "run-name": "name", "true": `write "on"`, "steps": "steps belong to a job: jobs.<id>.steps",
 			"matrix": "a matrix belongs to a job: jobs.<id>.matrix", "triggers": "on",
 		},
 		fields: []field{
@@ -200,6 +200,10 @@ var (
 				{name: "timeout", shape: durationShape, doc: "Of jobs."},
 			}}},
 			{name: "checkout", shape: checkoutShape},
+			{name: "concurrency", shape: oneOf(textShape, &shape{kind: kindMap, fields: []field{
+				{name: "group", shape: textShape, required: true, doc: "Of its runs in a repository one is under way at a time; may hold ${{ }}."},
+				{name: "cancel-in-progress", shape: boolShape, doc: "A new run ends the older ones, instead of waiting for them."},
+			}})},
 			{name: "jobs", required: true, shape: &shape{kind: kindMap, keys: identWord, elem: jobShape, min: 1, max: MaxJobs}},
 		},
 	}

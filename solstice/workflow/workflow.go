@@ -83,11 +83,21 @@ type Workflow struct {
 	Env      []KV
 	Defaults Defaults
 	Checkout Checkout
-	Jobs     []Job // in the file's order
+	// Concurrency is nil where the file does not say.
+	Concurrency *Concurrency
+	Jobs        []Job // in the file's order
 
 	source  *source
 	broken  bool                // Parse reported errors
 	inputAt map[string]Position // of the inputs, for Plan to point at
+	groupAt Position            // of concurrency's group
+}
+
+// Concurrency has at most one run of a group under way in a repository. Of those
+// that wait only the newest stays.
+type Concurrency struct {
+	Group            string `json:"group"`                        // as written, of a plan: evaluated
+	CancelInProgress bool   `json:"cancel_in_progress,omitempty"` // a new run ends the older ones
 }
 
 // Defaults hold for every job and step that does not say otherwise.
@@ -142,10 +152,12 @@ type Step struct {
 // Plan is what a workflow comes to for one event: the jobs to schedule. It is
 // plain data and survives a JSON round trip unchanged.
 type Plan struct {
-	Name   string       `json:"name"`
-	Path   string       `json:"path"`
-	Inputs Values       `json:"inputs,omitempty"` // typed, with defaults: for Contexts.Inputs
-	Jobs   []PlannedJob `json:"jobs"`             // in the file's order, combinations in declared order
+	Name   string `json:"name"`
+	Path   string `json:"path"`
+	Inputs Values `json:"inputs,omitempty"` // typed, with defaults: for Contexts.Inputs
+	// Concurrency is nil where the workflow does not say.
+	Concurrency *Concurrency `json:"concurrency,omitempty"`
+	Jobs        []PlannedJob `json:"jobs"` // in the file's order, combinations in declared order
 }
 
 // PlannedJob is a job, or one combination of its matrix.

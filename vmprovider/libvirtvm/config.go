@@ -76,7 +76,7 @@ type Config struct {
 
 	CPUs        int   // of a machine whose spec says none; 1 if 0
 	MemoryBytes int64 // 1 GiB if 0
-	// Max is how many machines of this pool may exist, over all installations and
+	// Max is how many machines of this libvirtd may exist, over all installations and
 	// processes as far as they are there when one is created; 0: no limit.
 	Max int
 

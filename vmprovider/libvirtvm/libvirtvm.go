@@ -128,7 +128,7 @@ func (p *Provider) Close() error {
 
 // Capabilities implements vmprovider.Provider.
 func (p *Provider) Capabilities() vmprovider.Capabilities {
-	return vmprovider.Capabilities{Adopts: true}
+	return vmprovider.Capabilities{Isolated: true, Adopts: true}
 }
 
 // As implements what vmprovider.As asks: libvirt's stand-in for tests has no

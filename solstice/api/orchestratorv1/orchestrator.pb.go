@@ -501,6 +501,8 @@ type Run struct {
 	FinishedAt    *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=finished_at,json=finishedAt,proto3" json:"finished_at,omitempty"`
 	Jobs          []*Job                 `protobuf:"bytes,16,rep,name=jobs,proto3" json:"jobs,omitempty"`                                   // in the plan's order; only where a method says so
 	LogsRemoved   bool                   `protobuf:"varint,17,opt,name=logs_removed,json=logsRemoved,proto3" json:"logs_removed,omitempty"` // by retention
+	Head          string                 `protobuf:"bytes,18,opt,name=head,proto3" json:"head,omitempty"`                                   // of a pull request: beside it statuses stand, and it is what is approved
+	Note          string                 `protobuf:"bytes,19,opt,name=note,proto3" json:"note,omitempty"`                                   // what people should know besides
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -652,6 +654,20 @@ func (x *Run) GetLogsRemoved() bool {
 		return x.LogsRemoved
 	}
 	return false
+}
+
+func (x *Run) GetHead() string {
+	if x != nil {
+		return x.Head
+	}
+	return ""
+}
+
+func (x *Run) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
 }
 
 // A problem in a workflow file.
@@ -3194,7 +3210,7 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\x04Repo\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
-	"\x03url\x18\x03 \x01(\tR\x03url\"\x9e\x05\n" +
+	"\x03url\x18\x03 \x01(\tR\x03url\"\xc6\x05\n" +
 	"\x03Run\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x128\n" +
 	"\x05state\x18\x02 \x01(\x0e2\".solstice.orchestrator.v1.RunStateR\x05state\x12\x14\n" +
@@ -3216,7 +3232,9 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\vfinished_at\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"finishedAt\x121\n" +
 	"\x04jobs\x18\x10 \x03(\v2\x1d.solstice.orchestrator.v1.JobR\x04jobs\x12!\n" +
-	"\flogs_removed\x18\x11 \x01(\bR\vlogsRemoved\"\x9a\x01\n" +
+	"\flogs_removed\x18\x11 \x01(\bR\vlogsRemoved\x12\x12\n" +
+	"\x04head\x18\x12 \x01(\tR\x04head\x12\x12\n" +
+	"\x04note\x18\x13 \x01(\tR\x04note\"\x9a\x01\n" +
 	"\n" +
 	"Diagnostic\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x12\n" +

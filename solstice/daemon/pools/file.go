@@ -4,7 +4,7 @@
 //	file, err := pools.ReadFile("pools.yaml")
 //	set, err := file.Open(ctx, pools.Options{Agents: agents, ImageDir: dir})
 //	defer set.Close()
-//	cfg.Pools, err = set.Pools(agentAddr, runnerAddr, contacts)
+//	cfg.Pools, err = set.Pools(pools.Endpoints{Agents: agentAddr, Runner: runnerAddr, Contacts: contacts, RunnerURL: url})
 package pools
 
 import (
@@ -278,8 +278,11 @@ func (e *entry) check(c *image.Catalogue) (errs []error) {
 				bad("libvirt.bridge, subnet and allow are of isolation: strict")
 			}
 		}
+		if e.Image == "" && e.ImageFile == "" && c != nil {
+			e.Image = c.DefaultLabel
+		}
 		if e.Image == "" && e.ImageFile == "" {
-			bad("image is missing: a label of the catalogue")
+			bad("image is missing: a label of the catalogue, which may have a default_label")
 		}
 	case "plugin":
 		errs = append(errs, e.checkPlugin()...)

@@ -134,6 +134,7 @@ func TestWrongFile(t *testing.T) {
 		"libvirt of none":  {"pools: { a: { provider: libvirt } }", []string{"libvirt: is missing", "image is missing"}},
 		"no catalogue":     {"pools: { a: { " + vm + ", image: debian } }", []string{"need a catalogue"}},
 		"unknown image":    {"catalogue: images.yaml\npools: { a: { " + vm + ", image: debain, size: lage } }", []string{`did you mean "debian"`, `did you mean "large"`}},
+		"no default image": {"catalogue: images.yaml\npools: { a: { " + vm + ", image_file: /x } }", []string{"image_format"}},
 		"two images":       {"catalogue: images.yaml\npools: { a: { " + vm + ", image: debian, image_file: /x } }", []string{"exclude each other"}},
 		"format not said":  {"pools: { a: { " + vm + ", image_file: /x } }", []string{"image_format"}},
 		"relative image":   {"pools: { a: { " + vm + ", image_file: x, image_format: raw } }", []string{"absolute"}},

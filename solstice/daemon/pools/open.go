@@ -95,6 +95,14 @@ func (f *File) Open(ctx context.Context, o Options) (_ *Set, err error) {
 		}
 		s.opened = append(s.opened, p)
 	}
+	for _, p := range f.pools {
+		for _, q := range f.pools {
+			if p.kind() == "process" && q.kind() == "libvirt" && strings.Contains(q.Libvirt.URI, "/system") {
+				o.Logger.WarnContext(ctx, "jobs of this pool have this program's rights, which at libvirtd are as good as root's", "pool", p.name, "libvirt", q.Libvirt.URI)
+				return s, nil
+			}
+		}
+	}
 	return s, nil
 }
 
@@ -198,6 +206,17 @@ func (p *opened) openPlugin(ctx context.Context, o Options) (vmprovider.Provider
 	return remotevm.Open(ctx, cfg)
 }
 
+// recipe is how a pool's provider makes machines, as the file says it.
+func (e *entry) recipe() string {
+	switch {
+	case e.Libvirt != nil:
+		return fmt.Sprintf("%+v", *e.Libvirt)
+	case e.Plugin != nil:
+		return fmt.Sprintf("%s %+v", e.Provider, *e.Plugin)
+	}
+	return ""
+}
+
 // Labels are what the pools serve, each once.
 func (s *Set) Labels() []string {
 	var all []string
@@ -248,6 +267,7 @@ func (s *Set) Pools(at Endpoints) ([]solstice.Pool, error) {
 			CPUs: cmp.Or(p.CPUs, p.choice.Size.CPUs), MemoryBytes: cmp.Or(int64(p.Memory), p.choice.Size.MemoryBytes),
 			DiskBytes: cmp.Or(int64(p.Disk), p.choice.Size.DiskBytes),
 			Warm:      p.Warm, WarmMaxAge: p.WarmMaxAge, Boot: p.BootTimeout, Contacts: p.Contacts, RunnerURL: p.RunnerURL,
+			Recipe: p.recipe(),
 		}
 		switch {
 		case p.ImageFile != "":
