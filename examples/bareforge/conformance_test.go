@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -130,11 +132,13 @@ func request(tb forgetest.TB, _ string, body, secret []byte) *http.Request {
 // deliveries are the files of testdata/webhooks, and what is wrong with them.
 func deliveries(tb forgetest.TB) []forgetest.Delivery {
 	var all []forgetest.Delivery
-	for name, err := range map[string]error{
+	becomes := map[string]error{
 		"push": nil, "new-branch": nil, "tag": nil, "ping": nil,
 		"deleted-branch": forge.ErrIgnored, "note": forge.ErrIgnored, "unknown": forge.ErrIgnored, "tag-of-a-file": forge.ErrIgnored,
 		"no-commit": forge.ErrInvalid, "short-commit": forge.ErrInvalid,
-	} {
+	}
+	for _, name := range slices.Sorted(maps.Keys(becomes)) {
+		err := becomes[name]
 		body, rerr := os.ReadFile(filepath.Join("testdata", "webhooks", name+".json"))
 		if rerr != nil {
 			tb.Fatalf("%v", rerr)

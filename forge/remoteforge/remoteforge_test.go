@@ -504,12 +504,22 @@ func TestStrangers(t *testing.T) {
 // TestServerBounds: a call without an end is refused, one with an end gets it, and
 // the forge sees when its caller is gone.
 func TestServerBounds(t *testing.T) {
-	gone := make(chan struct{}, 1)
+	entered, gone := make(chan struct{}, 100), make(chan struct{}, 100)
 	o := &odd{resolve: func(ctx context.Context, _ string) (string, error) {
+		entered <- struct{}{}
 		<-ctx.Done()
 		gone <- struct{}{}
 		return "", ctx.Err()
 	}}
+	arrived := func() bool { // a call that ends early may end before
+		select {
+		case <-entered:
+			<-gone
+			return true
+		default:
+			return false
+		}
+	}
 	at := socket(t)
 	f := serve(t, o, remoteforge.ServerOptions{}, at, nil, nil)
 	defer func() { _ = f.Close() }()
@@ -527,14 +537,19 @@ func TestServerBounds(t *testing.T) {
 	if _, err := raw.ParseWebhook(ctx, &pb.ParseWebhookRequest{}); err == nil || !strings.Contains(err.Error(), "Unimplemented") {
 		t.Errorf("a webhook of a plugin that has none: %v", err)
 	}
-	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	if _, err := f.Resolve(short, repo, "main"); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("a short deadline: %v", err)
-	}
-	<-gone
+	eventually(t, func() bool {
+		short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		if _, err := f.Resolve(short, repo, "main"); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("a short deadline: %v", err)
+		}
+		return arrived()
+	})
 	ctx, cancel = context.WithCancel(t.Context())
-	time.AfterFunc(20*time.Millisecond, cancel)
+	go func() {
+		<-entered
+		cancel()
+	}()
 	if _, err := f.Resolve(ctx, repo, "main"); !errors.Is(err, context.Canceled) {
 		t.Errorf("a cancelled call: %v", err)
 	}
@@ -543,14 +558,27 @@ func TestServerBounds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := patient.Resolve(t.Context(), repo, "main"); !errors.Is(err, forge.ErrUnavailable) {
-		t.Errorf("a forge that does not answer: %v", err)
+	eventually(t, func() bool {
+		if _, err := patient.Resolve(t.Context(), repo, "main"); !errors.Is(err, forge.ErrUnavailable) {
+			t.Fatalf("a forge that does not answer: %v", err)
+		}
+		return arrived()
+	})
+	if err := patient.Close(); err != nil {
+		t.Error(err)
 	}
-	<-gone
-	time.AfterFunc(20*time.Millisecond, func() { _ = patient.Close() })
-	if _, err := patient.Resolve(t.Context(), repo, "main"); !errors.Is(err, forge.ErrUnavailable) {
+	closing, err := remoteforge.Open(t.Context(), remoteforge.Config{Target: at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		<-entered
+		_ = closing.Close()
+	}()
+	if _, err := closing.Resolve(t.Context(), repo, "main"); !errors.Is(err, forge.ErrUnavailable) {
 		t.Errorf("closed in the middle: %v", err)
 	}
+	<-gone
 }
 
 // eventually waits for a condition until go test's own timeout.
