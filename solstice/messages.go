@@ -215,7 +215,7 @@ func (e *Engine) consumers() ([]func(context.Context), error) {
 	if len(e.cfg.Forges) > 0 {
 		consume(messages.TopicRunRequest, 4, messages.Handler(e.handleRunRequest), e.withRoom)
 	}
-	for name := range e.cfg.Forges {
+	for name := range e.reporter.Forges {
 		consume(messages.StatusTopic(name), 4, messages.Handler(e.handleStatus), always)
 	}
 	return loops, nil
@@ -318,15 +318,10 @@ func (e *Engine) submitPatiently(ctx context.Context, r RunRequest) error {
 }
 
 func (e *Engine) handleStatus(ctx context.Context, _ queue.Message, s messages.Status) error {
-	f, ok := e.cfg.Forges[s.Forge]
-	if !ok {
+	if _, ok := e.cfg.Forges[s.Forge]; !ok {
 		return fmt.Errorf("solstice: status for forge %q, which is not configured here", s.Forge)
 	}
-	err := f.ReportStatus(ctx, s.Repo, s.Commit, s.Status)
-	if errors.Is(err, forge.ErrNotFound) || errors.Is(err, forge.ErrInvalid) {
-		return queue.Discard(err)
-	}
-	return err
+	return e.reporter.Accept(ctx, s)
 }
 
 // wakeSender tells the other engines of work, merging what comes while a

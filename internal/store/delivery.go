@@ -114,21 +114,3 @@ func (s *Store) Delivery(ctx context.Context, id string) (*Delivery, error) {
 	d := new(Delivery)
 	return d, found(s.db.NewSelect().Model(d).Where("id = ?", id).Scan(ctx), "delivery", id)
 }
-
-// DeleteDeliveries removes at most limit deliveries that came before a time.
-func (s *Store) DeleteDeliveries(ctx context.Context, before int64, limit int) (int64, error) {
-	var n int64
-	err := s.inTx(ctx, func(ctx context.Context, tx bun.Tx, _ int64) error {
-		res, err := tx.NewDelete().Model((*Delivery)(nil)).
-			Where("id IN (?)", tx.NewSelect().Model((*Delivery)(nil)).Column("id").Where("received_at < ?", before).OrderBy("received_at", bun.OrderAsc).Limit(int64(limit))).Exec(ctx)
-		if err != nil {
-			return err
-		}
-		n, err = res.RowsAffected()
-		return err
-	})
-	if err != nil {
-		return 0, fmt.Errorf("store: delete deliveries: %w", err)
-	}
-	return n, nil
-}

@@ -111,25 +111,28 @@ func (s *Store) Report(ctx context.Context, forge, repo, commit, key string) (*R
 	return r, found(err, "report", key)
 }
 
-// DeleteReports removes at most limit reports that did not change since before, and
+// deleteReports removes at most limit reports that did not change since before, and
 // are not due.
-func (s *Store) DeleteReports(ctx context.Context, before int64, limit int) (int64, error) {
+func (s *Store) deleteReports(ctx context.Context, before int64, limit int) (int64, error) {
+	old := func(db bun.IDB, out *[]*Report) error {
+		return db.NewSelect().Model(out).Where("changed_at <= ? AND due_at = 0", before).OrderBy("changed_at", bun.OrderAsc).Limit(int64(limit)).Scan(ctx)
+	}
+	var some []*Report
+	if err := old(s.db, &some); err != nil || len(some) == 0 { // then it does not take the turn to write
+		return 0, err
+	}
 	var n int64
 	err := s.inTx(ctx, func(ctx context.Context, tx bun.Tx, _ int64) error {
-		var old []*Report
-		err := tx.NewSelect().Model(&old).Where("changed_at < ? AND due_at = 0", before).OrderBy("changed_at", bun.OrderAsc).Limit(int64(limit)).Scan(ctx)
-		if err != nil || len(old) == 0 {
+		some = nil
+		if err := old(tx, &some); err != nil || len(some) == 0 {
 			return err
 		}
-		res, err := tx.NewDelete().Model(&old).WherePK().Exec(ctx)
+		res, err := tx.NewDelete().Model(&some).WherePK().Exec(ctx)
 		if err != nil {
 			return err
 		}
 		n, err = res.RowsAffected()
 		return err
 	})
-	if err != nil {
-		return 0, fmt.Errorf("store: delete reports: %w", err)
-	}
-	return n, nil
+	return n, err
 }
