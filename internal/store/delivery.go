@@ -19,7 +19,6 @@ const (
 	DeliveryAccepted  DeliveryState = "accepted"  // its message is in the outbox, or was
 	DeliveryIgnored   DeliveryState = "ignored"   // genuine, and nothing to do
 	DeliveryDuplicate DeliveryState = "duplicate" // it came before
-	DeliveryInvalid   DeliveryState = "invalid"   // genuine, and not understood
 )
 
 // Delivery is a webhook whose signature verified.
@@ -34,6 +33,7 @@ type Delivery struct {
 	State      DeliveryState
 	Reason     string
 	Headers    json.RawMessage // map[string]string, without what authorises
+	Event      json.RawMessage // forge.Event; of accepted ones
 	Body       []byte
 	BodySum    string // hex SHA-256
 	ReplayOf   string
@@ -63,7 +63,7 @@ func (s *Store) InsertDelivery(ctx context.Context, d *Delivery, within time.Dur
 					return err
 				}
 				if len(first) > 0 {
-					d.State, d.Reason, d.Body, d.Headers = DeliveryDuplicate, "it came before, as "+first[0], nil, nil
+					d.State, d.Reason, d.Body, d.Headers, d.Event = DeliveryDuplicate, "it came before, as "+first[0], nil, nil, nil
 				}
 			}
 			if _, err := tx.NewInsert().Model(d).Exec(ctx); err != nil {
@@ -99,7 +99,7 @@ type DeliveryFilter struct {
 // Deliveries lists deliveries without their bodies, newest first.
 func (s *Store) Deliveries(ctx context.Context, f DeliveryFilter) ([]*Delivery, error) {
 	var out []*Delivery
-	q := s.db.NewSelect().Model(&out).ExcludeColumn("body").OrderBy("id", bun.OrderDesc).Limit(int64(f.Limit))
+	q := s.db.NewSelect().Model(&out).ExcludeColumn("body", "event").OrderBy("id", bun.OrderDesc).Limit(int64(f.Limit))
 	if f.Forge != "" {
 		q = q.Where("forge = ?", f.Forge)
 	}

@@ -8,6 +8,7 @@ CREATE TABLE deliveries (
 	state       {{text}} NOT NULL,
 	reason      {{text}} NOT NULL,
 	headers     {{text}},
+	event       {{text}},
 	body        {{bytes}},
 	body_sum    {{text}} NOT NULL,
 	replay_of   {{text}} NOT NULL,
