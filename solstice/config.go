@@ -44,7 +44,10 @@ type Config struct {
 	Pools []Pool
 	// Forges by instance name, those that this engine hosts itself.
 	Forges map[string]forge.Forge
-	Logger *slog.Logger // nil: discarded
+	// ReportedElsewhere are those of Forges whose statuses another program reads
+	// from the queue and reports, such as an integration.
+	ReportedElsewhere []string
+	Logger            *slog.Logger // nil: discarded
 	// TracerProvider and MeterProvider; nil: otel's global ones.
 	TracerProvider trace.TracerProvider
 	MeterProvider  metric.MeterProvider

@@ -29,6 +29,8 @@ import (
 
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/reporter"
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/solstice/logstream"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/bloblog"
@@ -52,6 +54,7 @@ type Engine struct {
 	relayKick flag
 	groupKick flag
 	wakes     *wakeSender
+	reporter  *reporter.Reporter
 	listener  net.Listener
 	contacts  []string // of this engine
 	fleet     atomic.Pointer[fleet]
@@ -89,6 +92,12 @@ func New(cfg Config) (*Engine, error) {
 	defer cancel()
 	if e.store, err = store.New(ctx, cfg.DB, store.Options{Changed: e.statuses, Clock: cfg.clock}); err != nil {
 		return nil, fmt.Errorf("solstice: open state: %w", err)
+	}
+	e.reporter = &reporter.Reporter{Store: e.store, Forges: map[string]forge.Forge{}, Owner: e.id, Tick: cfg.Timing.Tick, Logger: e.log}
+	for name, f := range cfg.Forges {
+		if !slices.Contains(cfg.ReportedElsewhere, name) {
+			e.reporter.Forges[name] = f
+		}
 	}
 	if e.logs = cfg.Logs; e.logs == nil {
 		// The sweep takes what this database does not list for nobody's: where
@@ -172,6 +181,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	start(e.collectLoop)
 	start(e.groupLoop)
 	start(e.relayLoop)
+	start(e.reporter.Run)
 	start(e.wakes.loop)
 	for _, p := range e.pools {
 		start(p.watchLoop)

@@ -12,6 +12,7 @@ import (
 	"github.com/cenkalti/backoff/v5"
 
 	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/relay"
 	"github.com/solstice-ci/solstice-go/internal/sqldb"
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/queue"
@@ -154,14 +155,9 @@ func sentence(s string) string {
 	return strings.ToUpper(s[:1]) + s[1:]
 }
 
-// relayEvery is the least time between two looks into the outbox, and
-// wakeEvery between two wake-ups of other engines. What comes first goes at
-// once; what follows is merged, so that of a short job's statuses most are never
-// sent.
-const (
-	relayEvery = 100 * time.Millisecond
-	wakeEvery  = 50 * time.Millisecond
-)
+// wakeEvery is the least time between two wake-ups of other engines: what comes in
+// between is merged.
+const wakeEvery = 50 * time.Millisecond
 
 // sleep ends early with ctx.
 func sleep(ctx context.Context, d time.Duration) {
@@ -173,86 +169,13 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// relayLoop publishes the outbox: in order per key, deleted after the queue
-// has the message for good, so that a crash in between sends it twice.
+// relayLoop publishes the outbox.
 func (e *Engine) relayLoop(ctx context.Context) {
-	const batch = 256
-	tick := time.NewTicker(e.cfg.Timing.Tick)
-	defer tick.Stop()
-	retry := backoff.NewExponentialBackOff()
-	for {
-		began := time.Now()
-		n, err := e.relay(ctx, batch)
-		switch {
-		case ctx.Err() != nil:
-			return
-		case err != nil:
-			e.log.WarnContext(ctx, "outbox not relayed", "error", e.noted(err))
-			sleep(ctx, retry.NextBackOff())
-			continue
-		case n > 0: // there may be more
-			retry.Reset()
-			if n < batch {
-				sleep(ctx, relayEvery-time.Since(began))
-			}
-			continue
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-e.relayKick.c:
-		case <-tick.C:
-		}
+	r := relay.Relay{
+		Store: e.store, Queue: e.cfg.Queue, Owner: e.id, Lease: e.cfg.Timing.Lease, Tick: e.cfg.Timing.Tick,
+		Kick: e.relayKick.c, Logger: e.log, Noted: e.noted,
 	}
-}
-
-func (e *Engine) relay(ctx context.Context, limit int) (int, error) {
-	msgs, err := e.store.OutboxClaim(ctx, e.id, limit, e.cfg.Timing.Lease)
-	if err != nil || len(msgs) == 0 {
-		return 0, err
-	}
-	byTopic := map[string][]*store.OutboxMessage{}
-	for _, m := range msgs {
-		byTopic[m.Topic] = append(byTopic[m.Topic], m)
-	}
-	var done []int64
-	var errs []error
-	for topic, ms := range byTopic {
-		out := make([]queue.Message, len(ms))
-		for i, m := range ms {
-			out[i] = queue.Message{ID: fmt.Sprintf("%s-%d", e.store.Installation(), m.ID), Body: m.Body, ContentType: m.ContentType, Attributes: decode[map[string]string](m.Attributes)}
-		}
-		err := e.cfg.Queue.Publish(ctx, topic, out, queue.PublishOptions{})
-		var partly *queue.PublishError
-		switch {
-		case err == nil:
-			for _, m := range ms {
-				done = append(done, m.ID)
-			}
-		case errors.As(err, &partly):
-			errs = append(errs, err)
-			failedKeys := map[string]bool{} // nothing of a key overtakes what failed
-			for i, m := range ms {
-				if partly.Failed[i] != nil {
-					failedKeys[m.Key] = true
-				} else if !failedKeys[m.Key] {
-					done = append(done, m.ID)
-				}
-			}
-		default:
-			errs = append(errs, err)
-		}
-	}
-	// Told even when we stop just now: what was published must not go out again.
-	after, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-	defer cancel()
-	if len(done) > 0 {
-		errs = append(errs, e.store.OutboxDone(after, done...))
-	}
-	if len(done) < len(msgs) {
-		errs = append(errs, e.store.OutboxRelease(after, e.id))
-	}
-	return len(done), errors.Join(errs...)
+	r.Run(ctx)
 }
 
 // consumers subscribes to what this engine handles: wake-ups, run requests,
@@ -292,7 +215,7 @@ func (e *Engine) consumers() ([]func(context.Context), error) {
 	if len(e.cfg.Forges) > 0 {
 		consume(messages.TopicRunRequest, 4, messages.Handler(e.handleRunRequest), e.withRoom)
 	}
-	for name := range e.cfg.Forges {
+	for name := range e.reporter.Forges {
 		consume(messages.StatusTopic(name), 4, messages.Handler(e.handleStatus), always)
 	}
 	return loops, nil
@@ -395,15 +318,10 @@ func (e *Engine) submitPatiently(ctx context.Context, r RunRequest) error {
 }
 
 func (e *Engine) handleStatus(ctx context.Context, _ queue.Message, s messages.Status) error {
-	f, ok := e.cfg.Forges[s.Forge]
-	if !ok {
+	if _, ok := e.cfg.Forges[s.Forge]; !ok {
 		return fmt.Errorf("solstice: status for forge %q, which is not configured here", s.Forge)
 	}
-	err := f.ReportStatus(ctx, s.Repo, s.Commit, s.Status)
-	if errors.Is(err, forge.ErrNotFound) || errors.Is(err, forge.ErrInvalid) {
-		return queue.Discard(err)
-	}
-	return err
+	return e.reporter.Accept(ctx, s)
 }
 
 // wakeSender tells the other engines of work, merging what comes while a

@@ -85,7 +85,7 @@ var (
 	}
 
 	slowPublish = edit{
-		file: "../../solstice/messages.go",
+		file: "../../internal/relay/relay.go",
 		old: `	var done []int64
 	var errs []error
 `,
@@ -95,13 +95,13 @@ var (
 `,
 	}
 	outboxRowDropped = edit{
-		file: "../../solstice/messages.go",
+		file: "../../internal/relay/relay.go",
 		old: `	byTopic := map[string][]*store.OutboxMessage{}
 	for _, m := range msgs {
 `,
 		new: `	byTopic := map[string][]*store.OutboxMessage{}
 	for _, m := range msgs {
-		if err := e.store.OutboxDone(ctx, m.ID); err != nil {
+		if err := r.Store.OutboxDone(ctx, m.ID); err != nil {
 			return 0, err
 		}
 	}

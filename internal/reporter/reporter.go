@@ -1,0 +1,191 @@
+// Package reporter brings statuses to forges: of a commit and key one at a time and
+// the newest only, again after a failure, and not before the forge wants to hear of
+// us. What is still to be reported is rows of the store, so that neither a restart
+// nor a forge that is away for a day loses the last word.
+package reporter
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/store"
+	"github.com/solstice-ci/solstice-go/solstice/api/messages"
+)
+
+const (
+	// atOnce is how many statuses one forge is told at once.
+	atOnce = 4
+	// callTimeout bounds one report, and lease how long it is another process's
+	// turn only when this one has died.
+	callTimeout = 30 * time.Second
+	lease       = 2 * callTimeout
+	// firstRetry doubles up to lastRetry.
+	firstRetry = time.Second
+	lastRetry  = 5 * time.Minute
+	// giveUpAfter failures of one version a refused report is left.
+	giveUpAfter = 10
+)
+
+// Reporter reports the statuses of some forges.
+type Reporter struct {
+	Store  *store.Store
+	Forges map[string]forge.Forge // by instance name
+	// Owner is who claims reports.
+	Owner string
+	// Tick is how often it looks without being told.
+	Tick   time.Duration
+	Logger *slog.Logger
+
+	mu    sync.Mutex
+	kicks map[string]chan struct{}
+}
+
+// Accept takes a status; when it returns, it is durable.
+func (r *Reporter) Accept(ctx context.Context, s messages.Status) error {
+	repo, err := json.Marshal(s.Repo)
+	if err != nil {
+		return err
+	}
+	status, err := json.Marshal(s.Status)
+	if err != nil {
+		return err
+	}
+	if err := r.Store.WantReport(ctx, store.Report{Forge: s.Forge, RepoName: s.Repo.FullName(), Commit: s.Commit, Key: s.Status.Key, Repo: repo, Status: status, Version: s.Status.Version}); err != nil {
+		return err
+	}
+	select {
+	case r.kick(s.Forge) <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+func (r *Reporter) kick(forge string) chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.kicks == nil {
+		r.kicks = map[string]chan struct{}{}
+	}
+	if r.kicks[forge] == nil {
+		r.kicks[forge] = make(chan struct{}, 1)
+	}
+	return r.kicks[forge]
+}
+
+// Run reports until ctx ends.
+func (r *Reporter) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	for name, f := range r.Forges {
+		wg.Go(func() { r.run(ctx, name, f) })
+	}
+	wg.Wait()
+}
+
+func (r *Reporter) run(ctx context.Context, name string, f forge.Forge) {
+	tick := time.NewTicker(r.Tick)
+	defer tick.Stop()
+	kick := r.kick(name)
+	for {
+		n, pause, err := r.some(ctx, name, f)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			r.Logger.WarnContext(ctx, "statuses not reported", "forge", name, "error", err)
+		}
+		if pause > 0 { // of the forge as a whole
+			r.Logger.WarnContext(ctx, "the forge wants no statuses for a while", "forge", name, "pause", pause)
+			wait(ctx, pause)
+			continue
+		}
+		if n > 0 && err == nil {
+			continue // there may be more
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-kick:
+		case <-tick.C:
+		}
+	}
+}
+
+func wait(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
+
+// some reports what is due now; pause is how long the forge wants to hear nothing.
+func (r *Reporter) some(ctx context.Context, name string, f forge.Forge) (n int, pause time.Duration, err error) {
+	due, err := r.Store.ClaimReports(ctx, name, r.Owner, atOnce, lease)
+	if err != nil || len(due) == 0 {
+		return 0, 0, err
+	}
+	pauses, errs := make([]time.Duration, len(due)), make([]error, len(due))
+	var wg sync.WaitGroup
+	for i, d := range due {
+		wg.Go(func() { pauses[i], errs[i] = r.report(ctx, f, d) })
+	}
+	wg.Wait()
+	for _, p := range pauses {
+		pause = max(pause, p)
+	}
+	return len(due), pause, errors.Join(errs...)
+}
+
+func (r *Reporter) report(ctx context.Context, f forge.Forge, d *store.Report) (pause time.Duration, err error) {
+	var repo forge.Repo
+	var s forge.Status
+	err = errors.Join(json.Unmarshal(d.Repo, &repo), json.Unmarshal(d.Status, &s))
+	if err == nil {
+		err = tell(ctx, f, repo, d.Commit, s)
+	}
+	// Said even when we stop just now: what was reported must not be again.
+	after, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if err == nil {
+		return 0, r.Store.Reported(after, d)
+	}
+	var retry *forge.RetryError
+	next := min(firstRetry<<min(d.Failures, 20), lastRetry)
+	next += rand.N(next/4 + 1) //nolint:gosec // so that not all come at once
+	switch {
+	case ctx.Err() != nil:
+		next = time.Millisecond
+	case errors.As(err, &retry):
+		pause = min(max(retry.After, firstRetry), time.Hour)
+		next = pause
+	case errors.Is(err, forge.ErrNotFound), errors.Is(err, forge.ErrInvalid), errors.Is(err, errors.ErrUnsupported),
+		errors.Is(err, forge.ErrPermission) && d.Failures >= giveUpAfter:
+		next = 0
+	}
+	level := slog.LevelWarn
+	if ctx.Err() != nil {
+		level = slog.LevelDebug
+	}
+	r.Logger.Log(ctx, level, "status not reported", "forge", d.Forge, "repo", d.RepoName, "commit", d.Commit, "key", d.Key, "again_in", next, "error", err)
+	return pause, r.Store.NotReported(after, d, err.Error(), next)
+}
+
+// tell calls a driver, whose panic costs one report.
+func tell(ctx context.Context, f forge.Forge, repo forge.Repo, commit string, s forge.Status) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("reporter: the driver panicked: %v", p)
+		}
+	}()
+	return f.ReportStatus(ctx, repo, commit, s)
+}
