@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -27,13 +28,18 @@ func (p consoler) Console(ctx context.Context, id string, follow bool) (io.ReadC
 	return r, nil
 }
 
+// overlap is how many bytes are read twice, to know the file again: virtlogd begins
+// a new one when it has grown.
+const overlap = 64
+
 // console reads piece by piece, since a download has an end.
 type console struct {
 	p          *Provider
 	ctx        context.Context
 	id, volume string
 	follow     bool
-	read       int64
+	read       int64  // of this file
+	seen       []byte // the last of it
 	rest       bytes.Buffer
 	last       bool // nothing comes after rest
 }
@@ -53,11 +59,11 @@ func (c *console) fill() error {
 		}
 		running = err == nil && (inst.State == vmprovider.StateRunning || inst.State == vmprovider.StateCreating)
 	}
-	b, err := call(c.ctx, func() ([]byte, error) {
-		var b bytes.Buffer
-		err := h.Download(c.p.cfg.StoragePool, c.volume, c.read, &b)
-		return b.Bytes(), err
-	})
+	b, err := c.download(h)
+	if err == nil && !bytes.HasPrefix(b, c.seen) { // another file
+		c.read, c.seen = 0, nil
+		b, err = c.download(h)
+	}
 	switch {
 	case errors.Is(err, errNoVolume):
 		c.last = !running // destroyed, or not made yet
@@ -65,10 +71,21 @@ func (c *console) fill() error {
 	case err != nil:
 		return err
 	}
-	c.read += int64(len(b))
-	c.rest.Write(b)
+	fresh := b[len(c.seen):]
+	c.read += int64(len(fresh))
+	c.rest.Write(fresh)
+	c.seen = slices.Clone(b[max(0, len(b)-overlap):])
 	c.last = !running
 	return nil
+}
+
+// download gets what was seen, if the file is the same, and what is new.
+func (c *console) download(h hypervisor) ([]byte, error) {
+	return call(c.ctx, func() ([]byte, error) {
+		var b bytes.Buffer
+		err := h.Download(c.p.cfg.StoragePool, c.volume, c.read-int64(len(c.seen)), &b)
+		return b.Bytes(), err
+	})
 }
 
 // Read implements io.Reader.

@@ -23,6 +23,8 @@ type hypervisor interface {
 	Domains() ([]domain, error)
 
 	PoolXML(pool string) (string, error)
+	// RefreshPool has libvirt look for files that others made or removed; while one is
+	// opened or made: errBusy.
 	RefreshPool(pool string) error
 	CreateVolume(pool, xml string) error // of one that is there: errExists
 	Upload(pool, volume string, content []byte) error

@@ -88,7 +88,7 @@ func named(err error) error {
 	case kind != nil:
 	case strings.Contains(e.Message, "No space left on device"):
 		kind = errNoSpace
-	case e.Domain == libvirt.FROM_STORAGE && e.Code == libvirt.ERR_OPERATION_INVALID && strings.Contains(e.Message, "still in use"):
+	case e.Domain == libvirt.FROM_STORAGE && (strings.Contains(e.Message, "still in use") || strings.Contains(e.Message, "asynchronous jobs running")):
 		kind = errBusy
 	case e.Domain == libvirt.FROM_RPC && e.Code == libvirt.ERR_INTERNAL_ERROR: // as "client socket is closed"
 		kind = errLost

@@ -158,15 +158,17 @@ func TestSynthetic(t *testing.T) {
 	})
 }
 
-// TestNamed: libvirt's error of a volume that a reader is just opening, which no
-// test can wait for.
+// TestNamed: libvirt's errors of a volume that a reader is just opening, and of its
+// pool, which no test can wait for.
 func TestNamed(t *testing.T) {
-	busy := libvirt.Error{
-		Code: libvirt.ERR_OPERATION_INVALID, Domain: libvirt.FROM_STORAGE,
-		Message: "Requested operation is not valid: volume 't-1@me@console' is still in use.",
-	}
-	if err := named(busy); !errors.Is(err, errBusy) {
-		t.Error(err)
+	for _, busy := range []libvirt.Error{
+		{Code: libvirt.ERR_OPERATION_INVALID, Message: "Requested operation is not valid: volume 't-1@me@console' is still in use."},
+		{Code: libvirt.ERR_INTERNAL_ERROR, Message: "internal error: pool 'solstice' has asynchronous jobs running."},
+	} {
+		busy.Domain = libvirt.FROM_STORAGE
+		if err := named(busy); !errors.Is(err, errBusy) {
+			t.Error(err)
+		}
 	}
 }
 
@@ -250,7 +252,8 @@ func TestLibvirtdKilled(t *testing.T) {
 }
 
 // TestRemoteCut: a connection to another host that breaks is made again, and what
-// ran runs on: its end is told of, and its console can be followed.
+// ran runs on: its end is told of, and its console can be followed, also into another
+// file.
 func TestRemoteCut(t *testing.T) {
 	s := testenv.StartLibvirt(t)
 	uri, cut := s.Remote(t)
@@ -279,6 +282,14 @@ func TestRemoteCut(t *testing.T) {
 	printed := bufio.NewReader(r)
 	if line, err := printed.ReadString('\n'); err != nil || !strings.HasSuffix(line, "here\n") {
 		t.Errorf("console: %q, %v", line, err)
+	}
+	// As virtlogd does with one that has grown.
+	file := filepath.Join(s.PoolPath, volume(spec.ID, "me", consoleVolume))
+	if err := errors.Join(os.Rename(file, file+".0"), os.WriteFile(file, []byte("new\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := printed.ReadString('\n'); err != nil || line != "new\n" {
+		t.Errorf("console, begun anew: %q, %v", line, err)
 	}
 	s.SignalGuest(t, spec.ID, syscall.SIGKILL)
 	inst, err = vmprovider.Wait(t.Context(), p, spec.ID, func(i vmprovider.Instance) bool { return i.State != vmprovider.StateRunning })
