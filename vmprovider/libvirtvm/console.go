@@ -28,9 +28,14 @@ func (p consoler) Console(ctx context.Context, id string, follow bool) (io.ReadC
 	return r, nil
 }
 
-// overlap is how many bytes are read twice, to know the file again: virtlogd begins
-// a new one when it has grown.
-const overlap = 64
+const (
+	// piece is how many bytes of a console are in memory at most: a guest may print
+	// without end.
+	piece = 256 << 10
+	// overlap is how many of them are read twice, to know the file again: virtlogd
+	// begins a new one when it has grown.
+	overlap = 64
+)
 
 // console reads piece by piece, since a download has an end.
 type console struct {
@@ -41,7 +46,7 @@ type console struct {
 	read       int64  // of this file
 	seen       []byte // the last of it
 	rest       bytes.Buffer
-	last       bool // nothing comes after rest
+	more, last bool // something is there after rest, nothing comes any more
 }
 
 // fill gets what is new.
@@ -66,7 +71,7 @@ func (c *console) fill() error {
 	}
 	switch {
 	case errors.Is(err, errNoVolume):
-		c.last = !running // destroyed, or not made yet
+		c.more, c.last = false, !running // destroyed, or not made yet
 		return nil
 	case err != nil:
 		return err
@@ -75,7 +80,8 @@ func (c *console) fill() error {
 	c.read += int64(len(fresh))
 	c.rest.Write(fresh)
 	c.seen = slices.Clone(b[max(0, len(b)-overlap):])
-	c.last = !running
+	c.more = len(b) == piece
+	c.last = !running && !c.more
 	return nil
 }
 
@@ -83,7 +89,7 @@ func (c *console) fill() error {
 func (c *console) download(h hypervisor) ([]byte, error) {
 	return call(c.ctx, func() ([]byte, error) {
 		var b bytes.Buffer
-		err := h.Download(c.p.cfg.StoragePool, c.volume, c.read-int64(len(c.seen)), &b)
+		err := h.Download(c.p.cfg.StoragePool, c.volume, c.read-int64(len(c.seen)), piece, &b)
 		return b.Bytes(), err
 	})
 }
@@ -100,12 +106,16 @@ func (c *console) Read(b []byte) (int, error) {
 		if c.last {
 			return 0, io.EOF
 		}
+		pause := follow
+		if c.more {
+			pause = 0
+		}
 		select {
 		case <-c.ctx.Done():
 			return 0, c.ctx.Err()
 		case <-c.p.ctx.Done():
 			return 0, vmprovider.ErrClosed
-		case <-time.After(follow):
+		case <-time.After(pause):
 		}
 		if err := c.fill(); err != nil {
 			return 0, err

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"libvirt.org/go/libvirtxml"
 
@@ -46,6 +47,7 @@ type fakeHost struct {
 	volumes map[string][]byte
 	files   map[string][]byte // that libvirt has not heard of
 	conns   []*fakeConn
+	most    int // bytes of one download
 	// networks are UUIDs by name; rules are the bridges that have some.
 	networks, rules map[string]string
 	// before, when set, is called at the beginning of each call, by its name; its
@@ -312,8 +314,12 @@ func (c *fakeConn) Upload(_, volume string, content []byte) error {
 	return c.volume("upload", volume, func([]byte) { c.host.volumes[volume] = slices.Clone(content) })
 }
 
-func (c *fakeConn) Download(_, volume string, offset int64, w io.Writer) error {
-	return c.volume("download", volume, func(content []byte) { _, _ = w.Write(content[min(int64(len(content)), offset):]) })
+func (c *fakeConn) Download(_, volume string, offset, length int64, w io.Writer) error {
+	return c.volume("download", volume, func(content []byte) {
+		content = content[min(int64(len(content)), offset):]
+		n, _ := w.Write(content[:min(int64(len(content)), length)])
+		c.host.most = max(c.host.most, n)
+	})
 }
 
 func (c *fakeConn) DeleteVolume(_, volume string) error {
@@ -592,6 +598,40 @@ func TestConsoleRotated(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestConsolePieces: much that a guest has printed is not in memory at once, and is
+// read without pauses.
+func TestConsolePieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFakeHost()
+		p := h.provider(t, fakeConfig())
+		defer func() { _ = p.Close() }()
+		text := strings.Repeat("0123456789abcde\n", 8*piece/16)
+		if _, err := p.Create(t.Context(), fakeSpec("t-1", "/prints?"+url.Values{"text": {text}}.Encode())); err != nil {
+			t.Fatal(err)
+		}
+		for _, follow := range []bool{false, true} {
+			began := time.Now()
+			r, err := consoler{p}.Console(t.Context(), "t-1", follow)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, len(text))
+			if _, err := io.ReadFull(r, got); err != nil || string(got) != text || time.Since(began) > 0 {
+				t.Errorf("it is another text, %v, after %s", err, time.Since(began))
+			}
+			if follow {
+				continue
+			}
+			if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
+				t.Errorf("at last %q, %v", rest, err)
+			}
+		}
+		if h.most > piece {
+			t.Errorf("%d bytes at once", h.most)
+		}
+	})
 }
 
 // TestConnectionLost: in the middle of a Create what is left is removed over the

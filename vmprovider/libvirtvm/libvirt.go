@@ -321,9 +321,9 @@ func (h *connection) Upload(pool, volume string, content []byte) error {
 	})
 }
 
-func (h *connection) Download(pool, volume string, offset int64, w io.Writer) error {
+func (h *connection) Download(pool, volume string, offset, length int64, w io.Writer) error {
 	return h.stream(pool, volume, func(v *libvirt.StorageVol, s *libvirt.Stream) error {
-		if err := v.Download(s, uint64(offset), 0, 0); err != nil { //nolint:gosec // not negative
+		if err := v.Download(s, uint64(offset), uint64(length), 0); err != nil { //nolint:gosec // not negative
 			return err
 		}
 		return s.RecvAll(func(_ *libvirt.Stream, b []byte) (int, error) { return w.Write(b) })

@@ -285,11 +285,13 @@ func TestRemoteCut(t *testing.T) {
 	}
 	// As virtlogd does with one that has grown.
 	file := filepath.Join(s.PoolPath, volume(spec.ID, "me", consoleVolume))
-	if err := errors.Join(os.Rename(file, file+".0"), os.WriteFile(file, []byte("new\n"), 0o600)); err != nil {
+	next := strings.Repeat("new\n", piece/2) // in pieces
+	if err := errors.Join(os.Rename(file, file+".0"), os.WriteFile(file, []byte(next), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	if line, err := printed.ReadString('\n'); err != nil || line != "new\n" {
-		t.Errorf("console, begun anew: %q, %v", line, err)
+	got := make([]byte, len(next))
+	if n, err := io.ReadFull(printed, got); err != nil || string(got) != next {
+		t.Errorf("console, begun anew: %d bytes of %d, %v", n, len(next), err)
 	}
 	s.SignalGuest(t, spec.ID, syscall.SIGKILL)
 	inst, err = vmprovider.Wait(t.Context(), p, spec.ID, func(i vmprovider.Instance) bool { return i.State != vmprovider.StateRunning })
