@@ -3,10 +3,12 @@
 package libvirtvm
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -23,6 +25,7 @@ import (
 	"github.com/solstice-ci/solstice-go/queue/memqueue"
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/vmprovider"
+	"github.com/solstice-ci/solstice-go/vmprovider/seed"
 )
 
 // killedArg makes the test binary a process that is killed on its way.
@@ -124,6 +127,58 @@ func reaper(t *testing.T, p *Provider) (installation string, sweep func()) {
 	}
 }
 
+// allAtOnce makes machines with whatever a configuration has a word for, as far as it
+// can be had together, and asks QEMU, the kernel and the guest for each of it. The
+// host's cgroups have to be writable, as for every libvirtd with a quota.
+func allAtOnce(t *testing.T, s *testenv.LibvirtServer) {
+	t.Helper()
+	for _, m := range []struct {
+		network Network
+		code    []byte
+		prints  string
+	}{
+		{Network{NetworkBridge, "foreign"}, labels, seed.Label},
+		{Network{NetworkNamed, "foreign"}, nil, "not a bootable disk"},
+	} {
+		cfg := config(s)
+		cfg.Network, cfg.SeedFormat = m.network, seed.ISO
+		cfg.CPUQuota, cfg.DiskIOPS, cfg.DiskBytesPerSecond = 0.5, 100, 1<<20
+		cfg.Domain = `<os><bios useserial="yes"/></os><devices><watchdog model="i6300esb" action="poweroff"/></devices>`
+		p := provider(t, cfg)
+		id := "t-" + string(m.network.Type)
+		spec := vmprovider.Spec{ID: id, Owner: "me", Image: image(t, t.TempDir(), m.code), Bootstrap: bootstrap()}
+		if _, err := p.Create(t.Context(), spec); err != nil {
+			t.Fatal(err)
+		}
+		console, err := consoler{p}.Console(t.Context(), id, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var printed bytes.Buffer
+		for !strings.Contains(printed.String(), m.prints) {
+			if _, err := io.CopyN(&printed, console, 1); err != nil {
+				t.Fatalf("%s: %v after %q", id, err, &printed)
+			}
+		}
+		ports, err := exec.Command("ip", "-o", "link", "show", "master", "foreign").Output()
+		if err != nil || strings.Count(string(ports), ": vnet") != 1 {
+			t.Errorf("%s: at the bridge are %s, %v", id, ports, err)
+		}
+		asked := strings.Join([]string{
+			printed.String(), s.Virsh(t, "schedinfo", id), // as the cgroup has it
+			s.Virsh(t, "qemu-monitor-command", id, "--hmp", "info block"), s.Virsh(t, "qemu-monitor-command", id, "--hmp", "info qtree"),
+		}, "\n")
+		for _, want := range []string{"SeaBIOS", "vcpu_quota     : 50000\n", " bps=1048576 ", " iops=100 ", "dev: ide-cd,", "dev: i6300esb,"} {
+			if !strings.Contains(asked, want) {
+				t.Errorf("%s: no %q in\n%s", id, want, asked)
+			}
+		}
+		if err := errors.Join(p.Destroy(t.Context(), id, vmprovider.DestroyOptions{}), p.Close()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestKilledAnywhere: at whatever step of a creation or a destruction a process is
 // killed, List shows what is left, with its owner, and one sweep of an engine's reaper
 // removes all of it, with taps and what virtlogd put aside; when the last machine goes,
@@ -140,6 +195,7 @@ func TestKilledAnywhere(t *testing.T) {
 	var steps []string
 	cfg := inNetwork(s)
 	foreign(t, s, cfg)
+	allAtOnce(t, s)
 	cfg.failpoint = func(step string) {
 		if !guards(step) {
 			steps = append(steps, step)

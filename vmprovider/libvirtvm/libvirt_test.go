@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -35,22 +36,38 @@ var (
 // with then.
 func says(text string, then []byte) []byte {
 	sectors := byte(len(text)/512 + 1) //nolint:gosec // a test's text is short
-	code := append([]byte{
-		0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, // xor ax,ax; mov ds,ax; mov es,ax
+	code := slices.Concat(clear16, []byte{
 		0xb8, sectors, 0x02, 0xbb, 0x00, 0x7e, 0xb9, 0x02, 0x00, 0xb6, 0x00, 0xcd, 0x13, // read them to 0x7e00 by int 0x13
-		0xfc, 0xbe, 0x00, 0x7e, // cld; mov si,0x7e00
-		0xac, 0x84, 0xc0, 0x74, 0x12, 0x88, 0xc4, // next: lodsb; test al,al; jz done; mov ah,al
-		0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb, // mov dx,0x3fd; wait: in al,dx; test al,0x20; jz wait
-		0xba, 0xf8, 0x03, 0x88, 0xe0, 0xee, 0xeb, 0xe9, // mov dx,0x3f8; mov al,ah; out dx,al; jmp next
-	}, then...) // done:
+		0xbe, 0x00, 0x7e, // mov si,0x7e00
+	}, print16, then)
 	return append(append(code, make([]byte, 512-len(code))...), text...)
 }
 
-// image writes a raw disk that boots code.
+// labels prints the label of the disc in the first CD-ROM drive, and halts.
+var labels = slices.Concat(clear16, []byte{
+	0xbe, 0xf0, 0x7c, 0xb8, 0x00, 0x42, 0xb2, 0xe0, 0xcd, 0x13, // what is to be read is at 0x7cf0: int 0x13 of drive 0xe0
+	0xbe, 0x28, 0x7e, // mov si,0x7e28
+}, print16, halt, make([]byte, 0xf0-len(clear16)-13-len(print16)-len(halt)),
+	[]byte{16, 0, 1, 0, 0x00, 0x7e, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0}) // one sector, to 0x7e00, the 16th
+
+var (
+	clear16 = []byte{0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0} // xor ax,ax; mov ds,ax; mov es,ax
+	// print16 prints what is at si to the serial port, as far as a 0.
+	print16 = []byte{
+		0xfc,                                     // cld
+		0xac, 0x84, 0xc0, 0x74, 0x12, 0x88, 0xc4, // next: lodsb; test al,al; jz done; mov ah,al
+		0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb, // mov dx,0x3fd; wait: in al,dx; test al,0x20; jz wait
+		0xba, 0xf8, 0x03, 0x88, 0xe0, 0xee, 0xeb, 0xe9, // mov dx,0x3f8; mov al,ah; out dx,al; jmp next; done:
+	}
+)
+
+// image writes a raw disk that boots code; nil: that cannot be booted.
 func image(t vmprovidertest.T, dir string, code []byte) vmprovider.Image {
 	disk := make([]byte, 1<<20)
 	copy(disk, code)
-	disk[510], disk[511] = 0x55, 0xaa
+	if code != nil {
+		disk[510], disk[511] = 0x55, 0xaa
+	}
 	f, err := os.CreateTemp(dir, "image-")
 	if err == nil {
 		_, err = f.Write(disk)
