@@ -126,7 +126,7 @@ func conforms(t *testing.T, s *testenv.LibvirtServer) {
 	vmprovidertest.Run(t, vmprovidertest.Harness{
 		Open:       func(t vmprovidertest.T) vmprovider.Provider { return provider(t, cfg) },
 		Spec:       with(halt),
-		NeverBoots: with(halt),
+		NeverBoots: with(nil),
 		ExitsEarly: with(says("going\n", powerOff)),
 		Panics:     with(panics),
 		Prints: func(t vmprovidertest.T, spec *vmprovider.Spec, text string) {
@@ -166,12 +166,13 @@ func TestSynthetic(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(h.Close)
-	cfg := Config{URI: "test:///default", StoragePool: "default-pool", Network: Network{Type: NetworkNone}}
+	cfg := Config{URI: "test:///default", StoragePool: "default-pool", Network: Network{Type: NetworkNone}, Max: 12}
 	vmprovidertest.Run(t, vmprovidertest.Harness{
 		Open: func(t vmprovidertest.T) vmprovider.Provider { return provider(t, cfg) },
 		Spec: func(_ vmprovidertest.T, spec *vmprovider.Spec) {
 			spec.Image, spec.Bootstrap, spec.DiskBytes = vmprovider.Image{Path: "/base.raw", Format: "raw"}, bootstrap(), 1<<20
 		},
+		Capacity: cfg.Max,
 	})
 }
 
