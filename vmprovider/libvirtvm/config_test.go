@@ -92,6 +92,9 @@ func TestVolumeNames(t *testing.T) {
 			t.Errorf("%q: %q, %q, %t", name, id, got, ok)
 		}
 	}
+	if id, owner, ok := volumeOf(volume("t-1", "me", consoleVolume) + ".2"); !ok || id != "t-1" || owner != "me" {
+		t.Errorf("what virtlogd put aside: %q of %q, %t", id, owner, ok)
+	}
 	for _, name := range []string{"base.qcow2", "a@b", "A@b@seed", "t-1@%zz@seed", "@@"} {
 		if id, owner, ok := volumeOf(name); ok {
 			t.Errorf("%q is taken for a part of %q of %q", name, id, owner)

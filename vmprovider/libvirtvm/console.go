@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/solstice-ci/solstice-go/vmprovider"
@@ -27,15 +28,25 @@ func (p consoler) Console(ctx context.Context, id string, follow bool) (io.ReadC
 	return r, nil
 }
 
+const (
+	// piece is how many bytes of a console are in memory at most: a guest may print
+	// without end.
+	piece = 256 << 10
+	// overlap is how many of them are read twice, to know the file again: virtlogd
+	// begins a new one when it has grown.
+	overlap = 64
+)
+
 // console reads piece by piece, since a download has an end.
 type console struct {
 	p          *Provider
 	ctx        context.Context
 	id, volume string
 	follow     bool
-	read       int64
+	read       int64  // of this file
+	seen       []byte // the last of it
 	rest       bytes.Buffer
-	last       bool // nothing comes after rest
+	more, last bool // something is there after rest, nothing comes any more
 }
 
 // fill gets what is new.
@@ -53,22 +64,34 @@ func (c *console) fill() error {
 		}
 		running = err == nil && (inst.State == vmprovider.StateRunning || inst.State == vmprovider.StateCreating)
 	}
-	b, err := call(c.ctx, func() ([]byte, error) {
-		var b bytes.Buffer
-		err := h.Download(c.p.cfg.StoragePool, c.volume, c.read, &b)
-		return b.Bytes(), err
-	})
+	b, err := c.download(h)
+	if err == nil && !bytes.HasPrefix(b, c.seen) { // another file
+		c.read, c.seen = 0, nil
+		b, err = c.download(h)
+	}
 	switch {
 	case errors.Is(err, errNoVolume):
-		c.last = !running // destroyed, or not made yet
+		c.more, c.last = false, !running // destroyed, or not made yet
 		return nil
 	case err != nil:
 		return err
 	}
-	c.read += int64(len(b))
-	c.rest.Write(b)
-	c.last = !running
+	fresh := b[len(c.seen):]
+	c.read += int64(len(fresh))
+	c.rest.Write(fresh)
+	c.seen = slices.Clone(b[max(0, len(b)-overlap):])
+	c.more = len(b) == piece
+	c.last = !running && !c.more
 	return nil
+}
+
+// download gets what was seen, if the file is the same, and what is new.
+func (c *console) download(h hypervisor) ([]byte, error) {
+	return call(c.ctx, func() ([]byte, error) {
+		var b bytes.Buffer
+		err := h.Download(c.p.cfg.StoragePool, c.volume, c.read-int64(len(c.seen)), piece, &b)
+		return b.Bytes(), err
+	})
 }
 
 // Read implements io.Reader.
@@ -83,12 +106,16 @@ func (c *console) Read(b []byte) (int, error) {
 		if c.last {
 			return 0, io.EOF
 		}
+		pause := follow
+		if c.more {
+			pause = 0
+		}
 		select {
 		case <-c.ctx.Done():
 			return 0, c.ctx.Err()
 		case <-c.p.ctx.Done():
 			return 0, vmprovider.ErrClosed
-		case <-time.After(follow):
+		case <-time.After(pause):
 		}
 		if err := c.fill(); err != nil {
 			return 0, err

@@ -57,10 +57,12 @@ func (p *Provider) destroy(ctx context.Context, h hypervisor, id string) error {
 		}
 	}
 	p.cfg.failpoint("delete")
+	// virtlogd renames a console that has grown, and libvirt does not hear of it.
+	errs = append(errs, unhurried(ctx, func() error { return h.RefreshPool(p.cfg.StoragePool) }))
 	parts, err := p.volumes(ctx, h)
 	errs = append(errs, err)
 	for _, name := range parts[id].names {
-		if err := p.deleteVolume(ctx, h, name); !errors.Is(err, errNoVolume) {
+		if err := unhurried(ctx, func() error { return h.DeleteVolume(p.cfg.StoragePool, name) }); !errors.Is(err, errNoVolume) {
 			errs = append(errs, err)
 		}
 		p.cfg.failpoint("deleted")
@@ -80,11 +82,11 @@ func (p *Provider) destroy(ctx context.Context, h hypervisor, id string) error {
 	return nil
 }
 
-// deleteVolume tries again while a reader is opening the volume, as whoever follows
-// a console does every now and then.
-func (p *Provider) deleteVolume(ctx context.Context, h hypervisor, name string) error {
+// unhurried tries again while somebody is opening or making a volume, as whoever
+// follows a console does every now and then.
+func unhurried(ctx context.Context, f func() error) error {
 	for tries := 1; ; tries++ {
-		err := settle(ctx, func() error { return h.DeleteVolume(p.cfg.StoragePool, name) })
+		err := settle(ctx, f)
 		if !errors.Is(err, errBusy) || tries == busyTries {
 			return err
 		}

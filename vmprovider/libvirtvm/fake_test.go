@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"libvirt.org/go/libvirtxml"
 
@@ -44,7 +45,9 @@ type fakeHost struct {
 	mu      sync.Mutex
 	domains map[string]*fakeDomain
 	volumes map[string][]byte
+	files   map[string][]byte // that libvirt has not heard of
 	conns   []*fakeConn
+	most    int // bytes of one download
 	// networks are UUIDs by name; rules are the bridges that have some.
 	networks, rules map[string]string
 	// before, when set, is called at the beginning of each call, by its name; its
@@ -61,7 +64,7 @@ type fakeDomain struct {
 const fakePool = "fake"
 
 func newFakeHost() *fakeHost {
-	return &fakeHost{domains: map[string]*fakeDomain{}, volumes: map[string][]byte{}, networks: map[string]string{}, rules: map[string]string{}}
+	return &fakeHost{domains: map[string]*fakeDomain{}, volumes: map[string][]byte{}, files: map[string][]byte{}, networks: map[string]string{}, rules: map[string]string{}}
 }
 
 func (h *fakeHost) dial(string) (hypervisor, error) {
@@ -85,7 +88,7 @@ func (h *fakeHost) intercept(before func(call string) error) {
 func (h *fakeHost) left() (domains, volumes int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return len(h.domains), len(h.volumes)
+	return len(h.domains), len(h.volumes) + len(h.files)
 }
 
 // empty asserts that there is nothing.
@@ -264,12 +267,14 @@ func (c *fakeConn) PoolXML(pool string) (string, error) {
 	if pool != fakePool {
 		return "", errNoPool
 	}
-	return `<pool type="dir"><name>fake</name><target><path>/fake</path></target></pool>`, c.RefreshPool(pool)
+	return `<pool type="dir"><name>fake</name><target><path>/fake</path></target></pool>`, nil
 }
 
 func (c *fakeConn) RefreshPool(string) error {
 	err := c.enter("refresh")
 	if err == nil {
+		maps.Copy(c.host.volumes, c.host.files)
+		clear(c.host.files)
 		c.host.mu.Unlock()
 	}
 	return err
@@ -309,8 +314,12 @@ func (c *fakeConn) Upload(_, volume string, content []byte) error {
 	return c.volume("upload", volume, func([]byte) { c.host.volumes[volume] = slices.Clone(content) })
 }
 
-func (c *fakeConn) Download(_, volume string, offset int64, w io.Writer) error {
-	return c.volume("download", volume, func(content []byte) { _, _ = w.Write(content[min(int64(len(content)), offset):]) })
+func (c *fakeConn) Download(_, volume string, offset, length int64, w io.Writer) error {
+	return c.volume("download", volume, func(content []byte) {
+		content = content[min(int64(len(content)), offset):]
+		n, _ := w.Write(content[:min(int64(len(content)), length)])
+		c.host.most = max(c.host.most, n)
+	})
 }
 
 func (c *fakeConn) DeleteVolume(_, volume string) error {
@@ -539,7 +548,7 @@ func TestDestroyUnderReader(t *testing.T) {
 		}
 		var tries atomic.Int64
 		h.intercept(func(c string) error {
-			if c == "delete" && tries.Add(1) < busyTries {
+			if (c == "delete" || c == "refresh") && tries.Add(1)%3 > 0 {
 				return errBusy
 			}
 			return nil
@@ -548,6 +557,80 @@ func TestDestroyUnderReader(t *testing.T) {
 			t.Error(err)
 		}
 		h.empty(t)
+	})
+}
+
+// TestConsoleRotated: virtlogd has put a console's file aside, and begun another. It
+// is followed all the same, and Destroy finds all of them.
+func TestConsoleRotated(t *testing.T) {
+	for name, next := range map[string]string{"shorter": "new\n", "longer": strings.Repeat("new\n", 1000)} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newFakeHost()
+				p := h.provider(t, fakeConfig())
+				defer func() { _ = p.Close() }()
+				old := strings.Repeat("old\n", 100)
+				if _, err := p.Create(t.Context(), fakeSpec("t-1", "/prints?"+url.Values{"text": {old}}.Encode())); err != nil {
+					t.Fatal(err)
+				}
+				r, err := consoler{p}.Console(t.Context(), "t-1", true)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got := make([]byte, len(old)+len(next))
+				if _, err := io.ReadFull(r, got[:len(old)]); err != nil {
+					t.Fatal(err)
+				}
+				h.mu.Lock()
+				file := volume("t-1", "me", consoleVolume)
+				h.files[file+".0"], h.volumes[file] = h.volumes[file], []byte(next)
+				h.mu.Unlock()
+				if _, err := io.ReadFull(r, got[len(old):]); err != nil || string(got) != old+next {
+					t.Errorf("%q, %v", got, err)
+				}
+				if err := p.Destroy(t.Context(), "t-1", vmprovider.DestroyOptions{}); err != nil {
+					t.Error(err)
+				}
+				h.empty(t)
+				if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
+					t.Errorf("at last %q, %v", rest, err)
+				}
+			})
+		})
+	}
+}
+
+// TestConsolePieces: much that a guest has printed is not in memory at once, and is
+// read without pauses.
+func TestConsolePieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFakeHost()
+		p := h.provider(t, fakeConfig())
+		defer func() { _ = p.Close() }()
+		text := strings.Repeat("0123456789abcde\n", 8*piece/16)
+		if _, err := p.Create(t.Context(), fakeSpec("t-1", "/prints?"+url.Values{"text": {text}}.Encode())); err != nil {
+			t.Fatal(err)
+		}
+		for _, follow := range []bool{false, true} {
+			began := time.Now()
+			r, err := consoler{p}.Console(t.Context(), "t-1", follow)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, len(text))
+			if _, err := io.ReadFull(r, got); err != nil || string(got) != text || time.Since(began) > 0 {
+				t.Errorf("it is another text, %v, after %s", err, time.Since(began))
+			}
+			if follow {
+				continue
+			}
+			if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
+				t.Errorf("at last %q, %v", rest, err)
+			}
+		}
+		if h.most > piece {
+			t.Errorf("%d bytes at once", h.most)
+		}
 	})
 }
 

@@ -23,11 +23,14 @@ type hypervisor interface {
 	Domains() ([]domain, error)
 
 	PoolXML(pool string) (string, error)
+	// RefreshPool has libvirt look for files that others made or removed; while one is
+	// opened or made: errBusy.
 	RefreshPool(pool string) error
 	CreateVolume(pool, xml string) error // of one that is there: errExists
 	Upload(pool, volume string, content []byte) error
-	// Download reads from an offset in bytes to the end there is now.
-	Download(pool, volume string, offset int64, w io.Writer) error
+	// Download reads at most length bytes from an offset in bytes, and no further than
+	// the end there is now.
+	Download(pool, volume string, offset, length int64, w io.Writer) error
 	DeleteVolume(pool, volume string) error // of one that somebody opens or changes: errBusy
 	Volumes(pool string) ([]string, error)
 

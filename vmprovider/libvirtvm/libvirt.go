@@ -88,7 +88,7 @@ func named(err error) error {
 	case kind != nil:
 	case strings.Contains(e.Message, "No space left on device"):
 		kind = errNoSpace
-	case e.Domain == libvirt.FROM_STORAGE && e.Code == libvirt.ERR_OPERATION_INVALID && strings.Contains(e.Message, "still in use"):
+	case e.Domain == libvirt.FROM_STORAGE && (strings.Contains(e.Message, "still in use") || strings.Contains(e.Message, "asynchronous jobs running")):
 		kind = errBusy
 	case e.Domain == libvirt.FROM_RPC && e.Code == libvirt.ERR_INTERNAL_ERROR: // as "client socket is closed"
 		kind = errLost
@@ -321,9 +321,9 @@ func (h *connection) Upload(pool, volume string, content []byte) error {
 	})
 }
 
-func (h *connection) Download(pool, volume string, offset int64, w io.Writer) error {
+func (h *connection) Download(pool, volume string, offset, length int64, w io.Writer) error {
 	return h.stream(pool, volume, func(v *libvirt.StorageVol, s *libvirt.Stream) error {
-		if err := v.Download(s, uint64(offset), 0, 0); err != nil { //nolint:gosec // not negative
+		if err := v.Download(s, uint64(offset), uint64(length), 0); err != nil { //nolint:gosec // not negative
 			return err
 		}
 		return s.RecvAll(func(_ *libvirt.Stream, b []byte) (int, error) { return w.Write(b) })

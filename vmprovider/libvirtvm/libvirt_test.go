@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -35,22 +36,38 @@ var (
 // with then.
 func says(text string, then []byte) []byte {
 	sectors := byte(len(text)/512 + 1) //nolint:gosec // a test's text is short
-	code := append([]byte{
-		0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, // xor ax,ax; mov ds,ax; mov es,ax
+	code := slices.Concat(clear16, []byte{
 		0xb8, sectors, 0x02, 0xbb, 0x00, 0x7e, 0xb9, 0x02, 0x00, 0xb6, 0x00, 0xcd, 0x13, // read them to 0x7e00 by int 0x13
-		0xfc, 0xbe, 0x00, 0x7e, // cld; mov si,0x7e00
-		0xac, 0x84, 0xc0, 0x74, 0x12, 0x88, 0xc4, // next: lodsb; test al,al; jz done; mov ah,al
-		0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb, // mov dx,0x3fd; wait: in al,dx; test al,0x20; jz wait
-		0xba, 0xf8, 0x03, 0x88, 0xe0, 0xee, 0xeb, 0xe9, // mov dx,0x3f8; mov al,ah; out dx,al; jmp next
-	}, then...) // done:
+		0xbe, 0x00, 0x7e, // mov si,0x7e00
+	}, print16, then)
 	return append(append(code, make([]byte, 512-len(code))...), text...)
 }
 
-// image writes a raw disk that boots code.
+// labels prints the label of the disc in the first CD-ROM drive, and halts.
+var labels = slices.Concat(clear16, []byte{
+	0xbe, 0xf0, 0x7c, 0xb8, 0x00, 0x42, 0xb2, 0xe0, 0xcd, 0x13, // what is to be read is at 0x7cf0: int 0x13 of drive 0xe0
+	0xbe, 0x28, 0x7e, // mov si,0x7e28
+}, print16, halt, make([]byte, 0xf0-len(clear16)-13-len(print16)-len(halt)),
+	[]byte{16, 0, 1, 0, 0x00, 0x7e, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0}) // one sector, to 0x7e00, the 16th
+
+var (
+	clear16 = []byte{0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0} // xor ax,ax; mov ds,ax; mov es,ax
+	// print16 prints what is at si to the serial port, as far as a 0.
+	print16 = []byte{
+		0xfc,                                     // cld
+		0xac, 0x84, 0xc0, 0x74, 0x12, 0x88, 0xc4, // next: lodsb; test al,al; jz done; mov ah,al
+		0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb, // mov dx,0x3fd; wait: in al,dx; test al,0x20; jz wait
+		0xba, 0xf8, 0x03, 0x88, 0xe0, 0xee, 0xeb, 0xe9, // mov dx,0x3f8; mov al,ah; out dx,al; jmp next; done:
+	}
+)
+
+// image writes a raw disk that boots code; nil: that cannot be booted.
 func image(t vmprovidertest.T, dir string, code []byte) vmprovider.Image {
 	disk := make([]byte, 1<<20)
 	copy(disk, code)
-	disk[510], disk[511] = 0x55, 0xaa
+	if code != nil {
+		disk[510], disk[511] = 0x55, 0xaa
+	}
 	f, err := os.CreateTemp(dir, "image-")
 	if err == nil {
 		_, err = f.Write(disk)
@@ -109,7 +126,7 @@ func conforms(t *testing.T, s *testenv.LibvirtServer) {
 	vmprovidertest.Run(t, vmprovidertest.Harness{
 		Open:       func(t vmprovidertest.T) vmprovider.Provider { return provider(t, cfg) },
 		Spec:       with(halt),
-		NeverBoots: with(halt),
+		NeverBoots: with(nil),
 		ExitsEarly: with(says("going\n", powerOff)),
 		Panics:     with(panics),
 		Prints: func(t vmprovidertest.T, spec *vmprovider.Spec, text string) {
@@ -149,24 +166,27 @@ func TestSynthetic(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(h.Close)
-	cfg := Config{URI: "test:///default", StoragePool: "default-pool", Network: Network{Type: NetworkNone}}
+	cfg := Config{URI: "test:///default", StoragePool: "default-pool", Network: Network{Type: NetworkNone}, Max: 12}
 	vmprovidertest.Run(t, vmprovidertest.Harness{
 		Open: func(t vmprovidertest.T) vmprovider.Provider { return provider(t, cfg) },
 		Spec: func(_ vmprovidertest.T, spec *vmprovider.Spec) {
 			spec.Image, spec.Bootstrap, spec.DiskBytes = vmprovider.Image{Path: "/base.raw", Format: "raw"}, bootstrap(), 1<<20
 		},
+		Capacity: cfg.Max,
 	})
 }
 
-// TestNamed: libvirt's error of a volume that a reader is just opening, which no
-// test can wait for.
+// TestNamed: libvirt's errors of a volume that a reader is just opening, and of its
+// pool, which no test can wait for.
 func TestNamed(t *testing.T) {
-	busy := libvirt.Error{
-		Code: libvirt.ERR_OPERATION_INVALID, Domain: libvirt.FROM_STORAGE,
-		Message: "Requested operation is not valid: volume 't-1@me@console' is still in use.",
-	}
-	if err := named(busy); !errors.Is(err, errBusy) {
-		t.Error(err)
+	for _, busy := range []libvirt.Error{
+		{Code: libvirt.ERR_OPERATION_INVALID, Message: "Requested operation is not valid: volume 't-1@me@console' is still in use."},
+		{Code: libvirt.ERR_INTERNAL_ERROR, Message: "internal error: pool 'solstice' has asynchronous jobs running."},
+	} {
+		busy.Domain = libvirt.FROM_STORAGE
+		if err := named(busy); !errors.Is(err, errBusy) {
+			t.Error(err)
+		}
 	}
 }
 
@@ -250,7 +270,8 @@ func TestLibvirtdKilled(t *testing.T) {
 }
 
 // TestRemoteCut: a connection to another host that breaks is made again, and what
-// ran runs on: its end is told of, and its console can be followed.
+// ran runs on: its end is told of, and its console can be followed, also into another
+// file.
 func TestRemoteCut(t *testing.T) {
 	s := testenv.StartLibvirt(t)
 	uri, cut := s.Remote(t)
@@ -279,6 +300,16 @@ func TestRemoteCut(t *testing.T) {
 	printed := bufio.NewReader(r)
 	if line, err := printed.ReadString('\n'); err != nil || !strings.HasSuffix(line, "here\n") {
 		t.Errorf("console: %q, %v", line, err)
+	}
+	// As virtlogd does with one that has grown.
+	file := filepath.Join(s.PoolPath, volume(spec.ID, "me", consoleVolume))
+	next := strings.Repeat("new\n", piece/2) // in pieces
+	if err := errors.Join(os.Rename(file, file+".0"), os.WriteFile(file, []byte(next), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(next))
+	if n, err := io.ReadFull(printed, got); err != nil || string(got) != next {
+		t.Errorf("console, begun anew: %d bytes of %d, %v", n, len(next), err)
 	}
 	s.SignalGuest(t, spec.ID, syscall.SIGKILL)
 	inst, err = vmprovider.Wait(t.Context(), p, spec.ID, func(i vmprovider.Instance) bool { return i.State != vmprovider.StateRunning })

@@ -40,7 +40,7 @@ const (
 	redialFirst, redialMost = 100 * time.Millisecond, 10 * time.Second
 	// follow is how often a console is looked at for more.
 	follow = 200 * time.Millisecond
-	// busyTries to delete a volume that somebody is opening, and the pause between them.
+	// busyTries at storage that somebody is just using, and the pause between them.
 	busyTries, busyPause = 100, 100 * time.Millisecond
 )
 
