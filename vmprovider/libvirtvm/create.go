@@ -1,6 +1,7 @@
 package libvirtvm
 
 import (
+	"bytes"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -181,7 +182,9 @@ func (p *Provider) build(ctx context.Context, h hypervisor, b blueprint, seedDis
 			if p.cfg.synthetic() {
 				return nil // its volumes have no content
 			}
-			return h.Upload(pool, b.volume(seedVolume), seedDisk)
+			// The volume is zeros: they are not sent, since what is on its way counts
+			// against what libvirtd takes over a connection.
+			return h.Upload(pool, b.volume(seedVolume), bytes.TrimRight(seedDisk, "\x00"))
 		}},
 		{"console", func() error { return h.CreateVolume(pool, consoleXML) }},
 		{"network", func() error {

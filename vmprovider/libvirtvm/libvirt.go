@@ -20,8 +20,9 @@ const (
 
 // concurrent calls are made over a connection at most: where as many wait for an
 // answer as libvirtd allows (max_client_requests, 5), it reads nothing more from
-// it, keepalives neither, and the connection counts as lost.
-const concurrent = 4
+// it, keepalives neither, and the connection counts as lost. What is on its way in an
+// upload counts as well.
+const concurrent = 3
 
 // events runs libvirt's event loop, of which a process has one, for ever.
 var events = sync.OnceValue(func() error {
