@@ -93,7 +93,7 @@ func New(cfg Config) (*Engine, error) {
 	if e.store, err = store.New(ctx, cfg.DB, store.Options{Changed: e.statuses, Clock: cfg.clock}); err != nil {
 		return nil, fmt.Errorf("solstice: open state: %w", err)
 	}
-	e.reporter = &reporter.Reporter{Store: e.store, Forges: map[string]forge.Forge{}, Owner: e.id, Tick: cfg.Timing.Tick, Logger: e.log}
+	e.reporter = &reporter.Reporter{Store: e.store, Forges: map[string]forge.Forge{}, Owner: e.id, Lease: cfg.Timing.Lease, Tick: cfg.Timing.Tick, Logger: e.log}
 	for name, f := range cfg.Forges {
 		if !slices.Contains(cfg.ReportedElsewhere, name) {
 			e.reporter.Forges[name] = f

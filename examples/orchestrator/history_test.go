@@ -182,6 +182,7 @@ func (h *history) rows(ctx context.Context, db *bun.DB) (left []string) {
 		"machines":       "machines WHERE state <> 'gone'",
 		"live attempts":  "attempts WHERE state NOT IN ('finished', 'lost')",
 		"unsent changes": "outbox",
+		"reports to be":  "reports WHERE due_at > 0",
 		"held jobs":      "jobs WHERE hold_id <> ''",
 		// Wake-ups of a killed process's subscription stay until that expires.
 		"undelivered statuses": "queue_messages AS m JOIN queue_groups AS g ON g.id = m.gid WHERE g.topic LIKE 'status%' OR g.topic = 'runrequest'",

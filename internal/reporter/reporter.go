@@ -22,10 +22,6 @@ import (
 const (
 	// atOnce is how many statuses one forge is told at once.
 	atOnce = 4
-	// callTimeout bounds one report, and lease how long it is another process's
-	// turn only when this one has died.
-	callTimeout = 30 * time.Second
-	lease       = 2 * callTimeout
 	// firstRetry doubles up to lastRetry.
 	firstRetry = time.Second
 	lastRetry  = 5 * time.Minute
@@ -37,8 +33,10 @@ const (
 type Reporter struct {
 	Store  *store.Store
 	Forges map[string]forge.Forge // by instance name
-	// Owner is who claims reports.
+	// Owner is who claims reports, for Lease: what it had claimed when it died is
+	// another's after that. A report has half of that time.
 	Owner string
+	Lease time.Duration
 	// Tick is how often it looks without being told.
 	Tick   time.Duration
 	Logger *slog.Logger
@@ -128,7 +126,7 @@ func wait(ctx context.Context, d time.Duration) {
 
 // some reports what is due now; pause is how long the forge wants to hear nothing.
 func (r *Reporter) some(ctx context.Context, name string, f forge.Forge) (n int, pause time.Duration, err error) {
-	due, err := r.Store.ClaimReports(ctx, name, r.Owner, atOnce, lease)
+	due, err := r.Store.ClaimReports(ctx, name, r.Owner, atOnce, r.Lease)
 	if err != nil || len(due) == 0 {
 		return 0, 0, err
 	}
@@ -149,7 +147,7 @@ func (r *Reporter) report(ctx context.Context, f forge.Forge, d *store.Report) (
 	var s forge.Status
 	err = errors.Join(json.Unmarshal(d.Repo, &repo), json.Unmarshal(d.Status, &s))
 	if err == nil {
-		err = tell(ctx, f, repo, d.Commit, s)
+		err = r.tell(ctx, f, repo, d.Commit, s)
 	}
 	// Said even when we stop just now: what was reported must not be again.
 	after, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
@@ -179,8 +177,8 @@ func (r *Reporter) report(ctx context.Context, f forge.Forge, d *store.Report) (
 }
 
 // tell calls a driver, whose panic costs one report.
-func tell(ctx context.Context, f forge.Forge, repo forge.Repo, commit string, s forge.Status) (err error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+func (r *Reporter) tell(ctx context.Context, f forge.Forge, repo forge.Repo, commit string, s forge.Status) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, r.Lease/2)
 	defer cancel()
 	defer func() {
 		if p := recover(); p != nil {

@@ -88,7 +88,7 @@ func rig(t *testing.T, url string) (*store.Store, *board) {
 // begin runs a reporter until the test ends, or what it gives is called.
 func begin(t *testing.T, s *store.Store, b *board, owner string) (*reporter.Reporter, func()) {
 	t.Helper()
-	r := &reporter.Reporter{Store: s, Forges: map[string]forge.Forge{"f": b}, Owner: owner, Tick: 20 * time.Millisecond, Logger: slog.New(slog.DiscardHandler)}
+	r := &reporter.Reporter{Store: s, Forges: map[string]forge.Forge{"f": b}, Owner: owner, Lease: 30 * time.Second, Tick: 20 * time.Millisecond, Logger: slog.New(slog.DiscardHandler)}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); r.Run(ctx) }()

@@ -86,6 +86,9 @@ type Config struct {
 	MeterProvider  metric.MeterProvider
 }
 
+// lease is for how long messages and reports are claimed.
+const lease = 30 * time.Second
+
 // roomFor is how many bodies of the largest size are in memory at once; of smaller
 // ones more.
 const roomFor = 4
@@ -196,10 +199,10 @@ func New(ctx context.Context, cfg Config) (*Integration, error) {
 // Run publishes what webhooks ask for, and reports statuses, until ctx ends.
 func (in *Integration) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	r := relay.Relay{Store: in.store, Queue: in.cfg.Queue, Owner: in.id, Lease: 30 * time.Second, Tick: in.cfg.Tick, Kick: in.kick, Logger: in.log}
+	r := relay.Relay{Store: in.store, Queue: in.cfg.Queue, Owner: in.id, Lease: lease, Tick: in.cfg.Tick, Kick: in.kick, Logger: in.log}
 	wg.Go(func() { r.Run(ctx) })
 	if in.cfg.ReportStatuses {
-		rep := &reporter.Reporter{Store: in.store, Forges: map[string]forge.Forge{}, Owner: in.id, Tick: in.cfg.Tick, Logger: in.log}
+		rep := &reporter.Reporter{Store: in.store, Forges: map[string]forge.Forge{}, Owner: in.id, Lease: lease, Tick: in.cfg.Tick, Logger: in.log}
 		for name, f := range in.cfg.Forges {
 			rep.Forges[name] = f.Forge
 		}
