@@ -29,8 +29,14 @@ func testTrace(t *testing.T, db func(testing.TB) string) {
 	finish(t, eng, runs[0].ID)
 	// The last is the report to the forge, on the far side of outbox and queue.
 	phases := []string{"job", "queued", "machine.create", "boot", "enrol", "attempt", "step", "upload", "machine.destroy", "process status.local"}
+	var missing []string
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("not traced: %v", missing)
+		}
+	})
 	eventually(t, "all phases are traced", func() bool {
-		missing := slices.Clone(phases)
+		missing = slices.Clone(phases)
 		for _, s := range spans.Ended() {
 			if s.SpanContext().TraceID() == submit.SpanContext().TraceID() {
 				missing = slices.DeleteFunc(missing, func(name string) bool { return name == s.Name() })
