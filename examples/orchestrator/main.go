@@ -24,6 +24,7 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
 	"github.com/solstice-ci/solstice-go/solstice/daemon/pools"
 	"github.com/solstice-ci/solstice-go/solstice/daemon/storage"
+	"github.com/solstice-ci/solstice-go/solstice/integration"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
 	"github.com/solstice-ci/solstice-go/solstice/orchestrator"
 	"github.com/solstice-ci/solstice-go/solstice/telemetry"
@@ -57,7 +58,8 @@ type flags struct {
 	Pools          string         `group:"Pools" env:"POOLS" placeholder:"FILE" help:"YAML file of pools, such as ones of virtual machines, instead of --capacity-map; see docs/pools.md."`
 	ImageCatalogue string         `group:"Pools" name:"catalogue" env:"IMAGE_CATALOGUE" placeholder:"FILE" help:"The catalogue of images, where --pools names none; see docs/images.md."`
 	ImageDir       string         `group:"Pools" env:"IMAGE_DIR" placeholder:"DIR" help:"Directory of downloaded images, which the hypervisor's user has to be able to read. Default: images in the state directory."`
-	RepoRoot       string         `group:"Pools" env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of the repositories on this machine that may be run (${default})."`
+	Forges         string         `group:"Forges" env:"FORGES" placeholder:"FILE" help:"YAML file of forges whose webhooks start runs, and which are told how those end; see docs/forges.md. Webhooks of NAME come to /webhooks/NAME at --http-addr."`
+	RepoRoot       string         `group:"Forges" env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of the repositories on this machine that may be run (${default})."`
 	MinFreeMB      int            `group:"State" name:"min-free-mb" env:"MIN_FREE_MB" default:"256" help:"Room in MiB on the disks of the state directory, a SQLite file, the blobs and the machines, below which no runs are accepted and no jobs begun until there is more."`
 	DrainTimeout   time.Duration  `group:"State" env:"DRAIN_TIMEOUT" default:"30s" help:"How long SIGTERM waits for jobs under way, which then go on without this process."`
 }
@@ -157,6 +159,12 @@ func (f *flags) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	var hooks *integration.Integration
+	if f.Forges != "" {
+		if hooks, err = f.forgesOfFile(ctx, dir, &cfg, &open); err != nil {
+			return err
+		}
+	}
 
 	clients, err := f.GRPC.Listen(ctx)
 	if err != nil {
@@ -198,18 +206,19 @@ func (f *flags) run(ctx context.Context) (err error) {
 	}
 	log.InfoContext(ctx, "orchestrator started", "version", daemon.Version(), "state_dir", dir, "grpc_addr", clients.Addr().String(),
 		"http_addr", people.Addr().String(), "agent_addr", eng.AgentAddr(), "runner_addr", guests.Addr().String())
-	return f.serve(ctx, eng, srv, clients, people, guests, dir)
+	return f.serve(ctx, eng, srv, hooks, clients, people, guests, dir)
 }
 
 // serve ends when ctx does, or when a listener fails. Clients are served while
 // the engine drains.
-func (f *flags) serve(ctx context.Context, eng *solstice.Engine, srv *orchestrator.Server, clients, people, guests net.Listener, dir string) error {
+func (f *flags) serve(ctx context.Context, eng *solstice.Engine, srv *orchestrator.Server, hooks *integration.Integration, clients, people, guests net.Listener, dir string) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", srv.Healthz)
 	mux.HandleFunc("GET /readyz", srv.Readyz)
 	mux.Handle("GET /metrics", telemetry.MetricsHandler())
+	webhooks(mux, hooks)
 	web, runner := daemon.HTTPServer(mux), daemon.HTTPServer(f.Runner.Agents(dir).Handler())
 
 	var servers sync.WaitGroup
@@ -223,6 +232,9 @@ func (f *flags) serve(ctx context.Context, eng *solstice.Engine, srv *orchestrat
 	start(func() error { return srv.Serve(clients) })
 	start(func() error { return web.Serve(people) })
 	start(func() error { return runner.Serve(guests) })
+	if hooks != nil {
+		servers.Go(func() { _ = hooks.Run(ctx) }) // until ctx ends
+	}
 
 	err := eng.Run(ctx)
 	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) {

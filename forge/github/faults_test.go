@@ -96,7 +96,7 @@ func (r rig) impatient(t *testing.T) *github.Forge {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := github.Open(github.Config{URL: r.url, App: &github.App{ID: fake.AppID, Key: key}, Timeout: time.Second})
+	f, err := github.New(github.Config{URL: r.url, App: &github.App{ID: fake.AppID, Key: key}, Timeout: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +117,7 @@ func TestLimitIsKept(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			asked := 0
-			f, err := github.Open(github.Config{Token: "secret", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+			f, err := github.New(github.Config{Token: "secret", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
 				asked++
 				resp := &http.Response{
 					StatusCode: http.StatusForbidden, Header: http.Header{}, Request: r,
@@ -156,7 +156,7 @@ func TestRedirectOfARenamedRepository(t *testing.T) {
 
 func TestEndlessAnswer(t *testing.T) {
 	object := strings.Repeat("a", 40)
-	f, err := github.Open(github.Config{Token: "secret", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+	f, err := github.New(github.Config{Token: "secret", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
 		var body io.Reader = endless{}
 		switch {
 		case strings.Contains(r.URL.Path, "/git/commits/"):
@@ -411,7 +411,7 @@ func TestOpen(t *testing.T) {
 		"nobody": {}, "both": {App: app, Token: "t"}, "no key": {App: &github.App{ID: 1}}, "no ID": {App: &github.App{Key: key}},
 		"no URL": {Token: "t", URL: "github.com"}, "password": {Token: "t", URL: "https://user:secret@github.com"}, "ftp": {Token: "t", URL: "ftp://x"},
 	} {
-		if _, err := github.Open(c); !errors.Is(err, forge.ErrInvalid) || strings.Contains(err.Error(), "secret") {
+		if _, err := github.New(c); !errors.Is(err, forge.ErrInvalid) || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -421,7 +421,7 @@ func TestOpen(t *testing.T) {
 		{"https://octo.ghe.com", "https://api.octo.ghe.com", "https://api.octo.ghe.com/repos/a/b", "https://octo.ghe.com/a/b.git"},
 	} {
 		asked := ""
-		f, err := github.Open(github.Config{URL: tc.url, APIURL: tc.api, Token: "t", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+		f, err := github.New(github.Config{URL: tc.url, APIURL: tc.api, Token: "t", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
 			asked = r.URL.String()
 			return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Request: r, Body: io.NopCloser(strings.NewReader(`{"id":1}`))}, nil
 		})})

@@ -93,9 +93,9 @@ var (
 	_ forge.HeadLister   = (*Forge)(nil)
 )
 
-// Open checks the configuration; it asks GitHub nothing yet. It wraps
+// New checks the configuration; it asks GitHub nothing yet. It wraps
 // forge.ErrInvalid.
-func Open(c Config) (*Forge, error) {
+func New(c Config) (*Forge, error) {
 	if (c.App == nil) == (c.Token == "") {
 		return nil, fmt.Errorf("%w: github needs one of a GitHub App and a token", forge.ErrInvalid)
 	}

@@ -52,7 +52,7 @@ func start(tb forgetest.TB, app bool, change func(*github.Config)) rig {
 	if change != nil {
 		change(&c)
 	}
-	f, err := github.Open(c)
+	f, err := github.New(c)
 	if err != nil {
 		tb.Fatalf("%v", err)
 	}

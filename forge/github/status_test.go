@@ -39,7 +39,7 @@ func (r rig) again(t *testing.T) *github.Forge {
 	if !r.app {
 		c.App, c.Token = nil, fake.Token
 	}
-	f, err := github.Open(c)
+	f, err := github.New(c)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -68,7 +68,7 @@ func fuzzed(f *testing.F) *github.Forge {
 	if err != nil {
 		f.Fatal(err)
 	}
-	driver, err := github.Open(github.Config{App: &github.App{ID: fake.AppID, Key: key}})
+	driver, err := github.New(github.Config{App: &github.App{ID: fake.AppID, Key: key}})
 	if err != nil {
 		f.Fatal(err)
 	}

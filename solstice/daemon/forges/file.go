@@ -1,0 +1,239 @@
+// Package forges opens the forges of a daemon from a file, for programs whose
+// operators say in a file what forges there are; docs/forges.md describes it.
+//
+//	file, err := forges.ReadFile("forges.yaml")
+//	set, err := file.Open(ctx, forges.Options{Logger: log})
+//	defer set.Close()
+//	cfg.Forges, cfg.ReportedElsewhere = set.Forges(), set.ReportedElsewhere()
+package forges
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"go.yaml.in/yaml/v4"
+)
+
+// ErrInvalid: a file of forges is wrong.
+var ErrInvalid = errors.New("forges: invalid")
+
+// maxFileBytes bounds a file of forges.
+const maxFileBytes = 1 << 20
+
+// File is what a file of forges says.
+type File struct {
+	forges []entry // by name
+}
+
+// entry is one forge of a file. Secrets are in files of their own.
+type entry struct {
+	name, file string
+
+	Driver            string   `yaml:"driver"`
+	URL               string   `yaml:"url"`
+	APIURL            string   `yaml:"api_url"`
+	AppID             int64    `yaml:"app_id"`
+	AppKeyFile        string   `yaml:"app_key_file"`
+	TokenFile         string   `yaml:"token_file"`
+	WebhookSecretFile string   `yaml:"webhook_secret_file"`
+	Allow             []string `yaml:"allow"`
+	AllowAll          bool     `yaml:"allow_all"`
+	Root              string   `yaml:"root"`
+	StatusDir         string   `yaml:"status_dir"`
+	StatusesElsewhere bool     `yaml:"statuses_elsewhere"`
+	Plugin            *plugin  `yaml:"plugin"`
+}
+
+// plugin says how a plugin is started or reached.
+type plugin struct {
+	Command []string `yaml:"command"`
+	Env     []string `yaml:"env"`
+	TLSCA   string   `yaml:"tls_ca"`
+	TLSCert string   `yaml:"tls_cert"`
+	TLSKey  string   `yaml:"tls_key"`
+}
+
+// document is the whole file.
+type document struct {
+	Forges map[string]*entry `yaml:"forges"`
+}
+
+// ReadFile reads a file of forges. Paths are relative to the file's directory. What
+// is wrong is an error that wraps ErrInvalid, or what the system says, and names all
+// of it.
+func ReadFile(path string) (*File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }() // only read from
+	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > maxFileBytes {
+		return nil, fmt.Errorf("%w: %s is larger than %d bytes", ErrInvalid, path, maxFileBytes)
+	}
+	return parse(path, data)
+}
+
+var (
+	unknownField = regexp.MustCompile(`field (\S+) not found in type [\w.]+`)
+	forgeName    = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+)
+
+func parse(path string, data []byte) (*File, error) {
+	var doc document
+	if err := yaml.Load(data, &doc, yaml.WithKnownFields(), yaml.WithUniqueKeys()); err != nil && !errors.Is(err, io.EOF) {
+		text := unknownField.ReplaceAllString(strings.TrimPrefix(err.Error(), "yaml: construct errors: "), "unknown key $1")
+		return nil, fmt.Errorf("%w: %s: %s", ErrInvalid, path, text)
+	}
+	if len(doc.Forges) == 0 {
+		return nil, fmt.Errorf("%w: %s: there are no forges", ErrInvalid, path)
+	}
+	out := &File{}
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(doc.Forges)) {
+		e := doc.Forges[name]
+		if e == nil {
+			e = &entry{}
+		}
+		e.name, e.file = name, path
+		for _, err := range e.check() {
+			errs = append(errs, fmt.Errorf("%s: forge %s: %w", path, name, err))
+		}
+		out.forges = append(out.forges, *e)
+	}
+	if len(errs) > 0 {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, errors.Join(errs...))
+	}
+	return out, nil
+}
+
+// beside is a path of the file, which is relative to its directory.
+func (e *entry) beside(name string) string {
+	if name == "" || filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(filepath.Dir(e.file), name)
+}
+
+// keysOf are the keys that only some drivers have.
+var keysOf = map[string]string{
+	"url": "github forgejo gitlab", "api_url": "github", "app_id": "github", "app_key_file": "github", "token_file": "github forgejo gitlab",
+	"webhook_secret_file": "github forgejo gitlab plugin", "root": "local", "status_dir": "local", "plugin": "plugin",
+}
+
+// check finds what is wrong with a forge by itself.
+func (e *entry) check() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if !forgeName.MatchString(e.name) {
+		bad("a name is up to 63 of a-z 0-9 . _ -")
+	}
+	kind := e.kind()
+	if kind == "" {
+		bad("driver %q: want github, forgejo (for Gitea too), gitlab, local, command, grpc+unix:PATH or grpc+tls:HOST:PORT", e.Driver)
+		return errs
+	}
+	given := map[string]bool{
+		"url": e.URL != "", "api_url": e.APIURL != "", "app_id": e.AppID != 0, "app_key_file": e.AppKeyFile != "", "token_file": e.TokenFile != "",
+		"webhook_secret_file": e.WebhookSecretFile != "", "root": e.Root != "", "status_dir": e.StatusDir != "", "plugin": e.Plugin != nil,
+	}
+	for _, key := range slices.Sorted(maps.Keys(given)) {
+		if given[key] && !slices.Contains(strings.Fields(keysOf[key]), kind) {
+			bad("%s is none of driver %s", key, e.Driver)
+		}
+	}
+	switch kind {
+	case "github":
+		app := e.AppID != 0 || e.AppKeyFile != ""
+		switch {
+		case app && (e.AppID == 0 || e.AppKeyFile == ""):
+			bad("app_id and app_key_file go together")
+		case app == (e.TokenFile != ""):
+			bad("want an App (app_id and app_key_file) or a token (token_file)")
+		}
+	case "forgejo", "gitlab":
+		if e.URL == "" {
+			bad("url is missing: what people open, such as https://codeberg.org")
+		}
+		if e.TokenFile == "" {
+			bad("token_file is missing")
+		}
+	case "local":
+		if e.Root == "" {
+			bad("root is missing: the directory of the repositories")
+		}
+	case "plugin":
+		errs = append(errs, e.checkPlugin()...)
+	}
+	for key, u := range map[string]string{"url": e.URL, "api_url": e.APIURL} {
+		if p, err := url.Parse(u); u != "" && (err != nil || p.Scheme != "https" && p.Scheme != "http" || p.Host == "" || p.User != nil) {
+			bad("%s %q: want one like https://forge.example.org, without credentials", key, u)
+		}
+	}
+	if e.AllowAll && len(e.Allow) > 0 {
+		bad("allow and allow_all exclude each other")
+	}
+	for _, a := range e.Allow {
+		if a == "" || strings.Trim(a, "/") != a || strings.ContainsAny(a, "* ") {
+			bad("allow %q: want an owner or owner/name", a)
+		}
+	}
+	return errs
+}
+
+// kind is github, forgejo, gitlab, local, plugin or nothing.
+func (e *entry) kind() string {
+	switch {
+	case slices.Contains([]string{"github", "forgejo", "gitlab", "local"}, e.Driver):
+		return e.Driver
+	case e.Driver == "gitea":
+		return "forgejo"
+	case e.Driver == "command", strings.HasPrefix(e.Driver, "grpc+unix:"), strings.HasPrefix(e.Driver, "grpc+tls:"):
+		return "plugin"
+	}
+	return ""
+}
+
+// target is where a plugin is, as remoteforge.Config has it.
+func (e *entry) target() string {
+	if t, ok := strings.CutPrefix(e.Driver, "grpc+tls:"); ok {
+		return t
+	}
+	return strings.TrimPrefix(e.Driver, "grpc+")
+}
+
+func (e *entry) checkPlugin() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	p := e.Plugin
+	if p == nil {
+		p = &plugin{}
+	}
+	started := e.Driver == "command"
+	if started != (len(p.Command) > 0) {
+		bad("driver command and plugin.command, the program and its arguments, go together")
+	}
+	if !started && len(p.Env) > 0 {
+		bad("plugin.env is of plugins that are started here")
+	}
+	tls := strings.HasPrefix(e.Driver, "grpc+tls:")
+	given := 0
+	for _, file := range []string{p.TLSCA, p.TLSCert, p.TLSKey} {
+		if file != "" {
+			given++
+		}
+	}
+	if tls && given != 3 || !tls && given > 0 {
+		bad("plugin.tls_ca, tls_cert and tls_key are of grpc+tls:HOST:PORT, which needs all three")
+	}
+	return errs
+}
