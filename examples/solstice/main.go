@@ -28,6 +28,7 @@ type cli struct {
 	Migrate     migrateCmd     `cmd:"" group:"For operators" help:"Change the schema of a database."`
 	Refresh     refreshCmd     `cmd:"" group:"For operators" help:"For development: empty a database."`
 	DLQ         dlqCmd         `cmd:"" name:"dlq" group:"For operators" help:"Messages that could not be handled: list, replay or drop them."`
+	Deliveries  deliveriesCmd  `cmd:"" group:"For operators" help:"Webhooks that came: list, show or replay them."`
 	RunnerServe runnerServeCmd `cmd:"" group:"For operators" help:"Serve agents for guests to download."`
 
 	Completion completionCmd `cmd:"" help:"Print a script that completes this program's commands in a shell."`

@@ -42,13 +42,8 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice/api/messages"
 )
 
-// Errors of Replay and of the reading methods.
-var (
-	// ErrNotFound: there is no such delivery (any more).
-	ErrNotFound = errors.New("integration: not found")
-	// ErrInvalid: a configuration or an argument that cannot be.
-	ErrInvalid = errors.New("integration: invalid")
-)
+// ErrInvalid: a configuration or an argument that cannot be.
+var ErrInvalid = errors.New("integration: invalid")
 
 // Instance is one forge.
 type Instance struct {
@@ -196,6 +191,9 @@ func New(ctx context.Context, cfg Config) (*Integration, error) {
 	return in, nil
 }
 
+// Deliveries are those that it took.
+func (in *Integration) Deliveries() *Deliveries { return &Deliveries{in.store} }
+
 // Run publishes what webhooks ask for, and reports statuses, until ctx ends.
 func (in *Integration) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
@@ -228,58 +226,6 @@ func (in *Integration) Run(ctx context.Context) error {
 	}
 	wg.Wait()
 	return ctx.Err()
-}
-
-// Delivery is a webhook whose signature verified, and what became of it.
-type Delivery struct {
-	ID         string            `json:"id"` // ours; sorts by arrival
-	Forge      string            `json:"forge"`
-	Delivery   string            `json:"delivery,omitempty"` // the forge's ID
-	Kind       forge.Kind        `json:"kind,omitempty"`
-	Repo       string            `json:"repo,omitempty"`
-	State      string            `json:"state"` // accepted, ignored, duplicate
-	Reason     string            `json:"reason,omitempty"`
-	ReplayOf   string            `json:"replay_of,omitempty"`
-	ReceivedAt time.Time         `json:"received_at"`
-	Headers    map[string]string `json:"headers,omitempty"` // without what authorises; only of one
-	Body       []byte            `json:"body,omitempty"`    // only of one
-}
-
-// DeliveryFilter selects deliveries; its zero value the newest 50.
-type DeliveryFilter struct {
-	Forge  string
-	Limit  int    // 0: 50, at most 500
-	Before string // ID: only older ones, for paging
-}
-
-// Deliveries lists deliveries without headers and bodies, newest first.
-func (in *Integration) Deliveries(ctx context.Context, f DeliveryFilter) ([]Delivery, error) {
-	limit := f.Limit
-	if limit <= 0 {
-		limit = 50
-	}
-	rows, err := in.store.Deliveries(ctx, store.DeliveryFilter{Forge: f.Forge, Before: f.Before, Limit: min(limit, 500)})
-	if err != nil {
-		return nil, fmt.Errorf("integration: %w", err)
-	}
-	out := make([]Delivery, 0, len(rows))
-	for _, r := range rows {
-		r.Headers = nil
-		out = append(out, public(r))
-	}
-	return out, nil
-}
-
-// Delivery gives one with headers and body; absent wraps ErrNotFound.
-func (in *Integration) Delivery(ctx context.Context, id string) (Delivery, error) {
-	r, err := in.store.Delivery(ctx, id)
-	if errors.Is(err, store.ErrNotFound) {
-		return Delivery{}, fmt.Errorf("%w: delivery %s", ErrNotFound, id)
-	}
-	if err != nil {
-		return Delivery{}, fmt.Errorf("integration: %w", err)
-	}
-	return public(r), nil
 }
 
 var _ http.Handler = (*Integration)(nil)

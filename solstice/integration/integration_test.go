@@ -226,7 +226,7 @@ func TestWebhooks(t *testing.T) {
 		if a := asks[0]; a.Forge != "f" || a.Repo.FullName() != "acme/widget" || a.Commit != "1" || a.Event.Delivery != "d1" || a.Event.Kind != forge.KindPush {
 			t.Errorf("asked for %+v", a)
 		}
-		list, err := r.in.Deliveries(t.Context(), integration.DeliveryFilter{})
+		list, err := r.in.Deliveries().List(t.Context(), integration.DeliveryFilter{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -240,13 +240,13 @@ func TestWebhooks(t *testing.T) {
 		if got := strings.Join(states, " "); got != "ignored ignored ignored accepted duplicate duplicate duplicate accepted" {
 			t.Errorf("deliveries: %s", got)
 		}
-		first, err := r.in.Delivery(t.Context(), list[len(list)-1].ID)
+		first, err := r.in.Deliveries().Get(t.Context(), list[len(list)-1].ID)
 		if err != nil || !bytes.Equal(first.Body, one) || first.Headers["X-Delivery"] != "d1" || first.Headers["X-Signature"] != "" {
 			t.Errorf("%+v, %v", first, err)
 		}
 
 		// Replayed it asks once more, as something new.
-		again, err := r.in.Replay(t.Context(), first.ID)
+		again, err := r.in.Deliveries().Replay(t.Context(), first.ID)
 		if err != nil || again.ReplayOf != first.ID {
 			t.Fatalf("%+v, %v", again, err)
 		}
@@ -254,10 +254,10 @@ func TestWebhooks(t *testing.T) {
 		if a := r.asked()[2]; a.Commit != "1" || a.Event.Delivery != "" || a.IdempotencyKey != "replay/"+again.ID {
 			t.Errorf("replayed: %+v", a)
 		}
-		if _, err := r.in.Replay(t.Context(), list[0].ID); !errors.Is(err, integration.ErrInvalid) {
+		if _, err := r.in.Deliveries().Replay(t.Context(), list[0].ID); !errors.Is(err, integration.ErrInvalid) {
 			t.Errorf("replay of what was ignored: %v", err)
 		}
-		if _, err := r.in.Replay(t.Context(), "none"); !errors.Is(err, integration.ErrNotFound) {
+		if _, err := r.in.Deliveries().Replay(t.Context(), "none"); !errors.Is(err, integration.ErrNotFound) {
 			t.Errorf("replay of nothing: %v", err)
 		}
 
@@ -383,7 +383,7 @@ func TestFloods(t *testing.T) {
 	if after := heap(); after > before+16<<20 {
 		t.Errorf("the heap grew from %d to %d MiB", before>>20, after>>20)
 	}
-	list, err := r.in.Deliveries(t.Context(), integration.DeliveryFilter{})
+	list, err := r.in.Deliveries().List(t.Context(), integration.DeliveryFilter{})
 	if err != nil || len(list) != 2 {
 		t.Errorf("%d deliveries were written down, %v", len(list), err)
 	}
