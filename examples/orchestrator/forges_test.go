@@ -173,7 +173,7 @@ func TestForge(t *testing.T) {
 		t.Fatalf("runs: %v", all)
 	}
 	job := over(ctx, t, c, all[0].GetId()).GetJobs()[0]
-	if log := tail(ctx, t, c, &pb.TailLogRequest{AttemptId: job.GetAttemptId()}, nil); !strings.Contains(string(log), "hello, forge") {
+	if log := tail(ctx, t, c, &pb.TailLogRequest{Of: &pb.TailLogRequest_AttemptId{AttemptId: job.GetAttemptId()}}, nil); !strings.Contains(string(log), "hello, forge") {
 		t.Errorf("log: %s", log)
 	}
 
@@ -218,7 +218,7 @@ func TestForge(t *testing.T) {
 	f.deliver("push", f.push(broken))
 	f.eventually("an error", func() bool {
 		_, s := f.states(broken, "solstice/workflow")
-		return s.State == "error" && strings.Contains(s.Description, "workflow.yaml:1:17")
+		return s.State == "error" && strings.Contains(s.Description, "workflow.yaml:1:")
 	})
 
 	// Killed as soon as it has taken a webhook, it does what was asked, once.

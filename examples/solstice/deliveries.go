@@ -60,9 +60,9 @@ func (h *hooks) open(ctx context.Context, do func(*integration.Deliveries) error
 	err = do(d)
 	switch {
 	case errors.Is(err, integration.ErrNotFound):
-		return problem("there is no such webhook", nil, "solstice deliveries list shows those that there are; retention removes them after a while")
+		return exitWith(exitFailed, problem("there is no such webhook", nil, "solstice deliveries list shows those that there are; retention removes them after a while"))
 	case errors.Is(err, integration.ErrInvalid):
-		return problem("it cannot be replayed", err, "")
+		return exitWith(exitFailed, problem("it cannot be replayed", err, ""))
 	}
 	return err
 }

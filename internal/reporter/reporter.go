@@ -86,29 +86,49 @@ func (r *Reporter) Run(ctx context.Context) {
 	wg.Wait()
 }
 
+// run tells one forge, several things at once: one that it is slow to take holds up
+// no other.
 func (r *Reporter) run(ctx context.Context, name string, f forge.Forge) {
+	var reports sync.WaitGroup
+	defer reports.Wait()
 	tick := time.NewTicker(r.Tick)
 	defer tick.Stop()
 	kick := r.kick(name)
+	slots := make(chan struct{}, atOnce)
+	pauses := make(chan time.Duration, atOnce)
 	for {
-		n, pause, err := r.some(ctx, name, f)
+		due, err := r.Store.ClaimReports(ctx, name, r.Owner, atOnce-len(slots), r.Lease)
 		if ctx.Err() != nil {
 			return
 		}
 		if err != nil {
 			r.Logger.WarnContext(ctx, "statuses not reported", "forge", name, "error", err)
 		}
-		if pause > 0 { // of the forge as a whole
-			r.Logger.WarnContext(ctx, "the forge wants no statuses for a while", "forge", name, "pause", pause)
-			wait(ctx, pause)
-			continue
+		for _, d := range due {
+			slots <- struct{}{} // there is one
+			reports.Go(func() {
+				pause, err := r.report(ctx, f, d)
+				if err != nil && ctx.Err() == nil {
+					r.Logger.WarnContext(ctx, "end of a report not written down", "forge", name, "error", err)
+				}
+				<-slots
+				select {
+				case pauses <- pause: // which also says that there is room
+				case <-ctx.Done():
+				}
+			})
 		}
-		if n > 0 && err == nil {
+		if len(due) > 0 && len(slots) < atOnce {
 			continue // there may be more
 		}
 		select {
 		case <-ctx.Done():
 			return
+		case pause := <-pauses:
+			if pause > 0 { // of the forge as a whole
+				r.Logger.WarnContext(ctx, "the forge wants no statuses for a while", "forge", name, "pause", pause)
+				wait(ctx, pause)
+			}
 		case <-kick:
 		case <-tick.C:
 		}
@@ -122,24 +142,6 @@ func wait(ctx context.Context, d time.Duration) {
 	case <-ctx.Done():
 	case <-t.C:
 	}
-}
-
-// some reports what is due now; pause is how long the forge wants to hear nothing.
-func (r *Reporter) some(ctx context.Context, name string, f forge.Forge) (n int, pause time.Duration, err error) {
-	due, err := r.Store.ClaimReports(ctx, name, r.Owner, atOnce, r.Lease)
-	if err != nil || len(due) == 0 {
-		return 0, 0, err
-	}
-	pauses, errs := make([]time.Duration, len(due)), make([]error, len(due))
-	var wg sync.WaitGroup
-	for i, d := range due {
-		wg.Go(func() { pauses[i], errs[i] = r.report(ctx, f, d) })
-	}
-	wg.Wait()
-	for _, p := range pauses {
-		pause = max(pause, p)
-	}
-	return len(due), pause, errors.Join(errs...)
 }
 
 func (r *Reporter) report(ctx context.Context, f forge.Forge, d *store.Report) (pause time.Duration, err error) {

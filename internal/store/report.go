@@ -51,6 +51,9 @@ func (s *Store) WantReport(ctx context.Context, r Report) error {
 // commit and key meanwhile.
 func (s *Store) ClaimReports(ctx context.Context, forge, owner string, limit int, lease time.Duration) ([]*Report, error) {
 	var out []*Report
+	if limit < 1 {
+		return nil, nil
+	}
 	err := s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
 		out = nil
 		q := tx.NewSelect().Model(&out).Where("forge = ? AND due_at > 0 AND due_at <= ? AND claimed_until <= ?", forge, now, now).
