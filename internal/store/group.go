@@ -44,7 +44,7 @@ func (t *RunTx) MayBegin(ctx context.Context) (bool, error) {
 		return true, nil
 	}
 	var locked string
-	if err := lockRow(t.tx, t.tx.NewSelect().Table("meta").Column("value").Where("key = 'concurrency'")).Scan(ctx, &locked); err != nil {
+	if err := lockRow(t.tx, t.tx.NewSelect().Table("turns").Column("name").Where("name = 'concurrency'")).Scan(ctx, &locked); err != nil {
 		return false, err
 	}
 	var group []*Run

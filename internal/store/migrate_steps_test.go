@@ -173,12 +173,14 @@ func TestEveryStep(t *testing.T) {
 func fillSome(t *testing.T, db *bun.DB) {
 	t.Helper()
 	for _, row := range []any{
-		&Run{ID: "r", State: RunQueued, Forge: "f", RepoKey: "f/a", Commit: "c", Repo: []byte(`{"name":"a"}`), Retention: "logs_gone", FinishedAt: 5},
+		&Run{ID: "r", State: RunQueued, Forge: "f", RepoKey: "f/a", Commit: "c", Repo: []byte(`{"name":"a"}`), Retention: "logs_gone", Head: "h", Note: "n", Concurrency: "g", FinishedAt: 5},
 		&Job{ID: "j", RunID: "r", State: JobQueued, Label: "l", RepoKey: "f/a", Spec: []byte("{}"), CopiedFrom: "x"},
 		&Attempt{ID: "t", JobID: "j", RunID: "r", State: AttemptFinished, LogStream: "s"},
 		&Step{AttemptID: "t", Name: "s", Outputs: []byte(`{"a":"b"}`)},
 		&Machine{ID: "m", Host: "h", Pool: "p", State: MachineGone, TokenHash: "th", Recipe: "x", GoneAt: 7},
 		&Orchestrator{ID: "o", Pools: []byte("[]"), Contacts: []byte("[]")},
+		&Delivery{ID: "d", Forge: "f", State: DeliveryAccepted, Headers: []byte("{}"), Event: []byte("{}"), Body: []byte("\x00\xff")},
+		&Report{Forge: "f", RepoName: "a", Commit: "c", Key: "k", Repo: []byte("{}"), Status: []byte("{}"), Version: 1},
 		&OutboxMessage{Key: "k", Topic: "t", ContentType: "c", Body: []byte("\x00\xff body"), Attributes: []byte("{}")},
 	} {
 		if _, err := db.NewInsert().Model(row).Exec(t.Context()); err != nil {

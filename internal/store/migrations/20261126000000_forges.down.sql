@@ -1,4 +1,4 @@
-DELETE FROM meta WHERE key = 'concurrency';
+DROP TABLE turns;
 DROP INDEX runs_head;
 DROP INDEX runs_concurrency;
 ALTER TABLE runs DROP COLUMN concurrency;

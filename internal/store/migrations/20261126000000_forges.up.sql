@@ -8,4 +8,5 @@ CREATE INDEX runs_concurrency ON runs (repo_key, concurrency, id)
 CREATE INDEX runs_head ON runs (head, id) WHERE head <> '';
 
 -- A row that is locked while it is decided which run of a group goes on.
-INSERT INTO meta (key, value) VALUES ('concurrency', '');
+CREATE TABLE turns (name {{text}} PRIMARY KEY);
+INSERT INTO turns (name) VALUES ('concurrency');
