@@ -120,8 +120,14 @@ func (c *deliveriesShowCmd) Run(e *env) error {
 		}
 		out, t := c.screen(), table{}
 		for _, row := range [][2]string{
-			{"id", x.ID}, {"forge", x.Forge}, {"delivery", x.Delivery}, {"time", x.ReceivedAt.Format(time.RFC3339)},
-			{"state", x.State + prefixed(": ", x.Reason)}, {"replay of", x.ReplayOf}, {"event", string(x.Kind)}, {"repository", x.Repo},
+			{"id", x.ID},
+			{"forge", x.Forge},
+			{"delivery", x.Delivery},
+			{"time", x.ReceivedAt.Format(time.RFC3339)},
+			{"state", x.State + prefixed(": ", x.Reason)},
+			{"replay of", x.ReplayOf},
+			{"event", string(x.Kind)},
+			{"repository", x.Repo},
 		} {
 			if row[1] != "" {
 				t.row(out.faint(row[0]), plain(row[1]))

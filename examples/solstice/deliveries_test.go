@@ -51,7 +51,7 @@ func TestDeliveries(t *testing.T) {
 	defer web.Close()
 	post := func(body string) {
 		t.Helper()
-		resp, err := http.Post(web.URL+"/webhooks/f", "application/json", bytes.NewReader([]byte(body))) //nolint:noctx // a test's
+		resp, err := http.Post(web.URL+"/webhooks/f", "application/json", bytes.NewReader([]byte(body)))
 		if err != nil {
 			t.Fatal(err)
 		}
