@@ -18,6 +18,7 @@
 //   - solstice/logstream: logs that are appended at offsets, followed and sealed.
 //   - solstice/orchestrator: the engine as a service for people and programs, with
 //     tokens and roles; its client in the package below it.
+//   - solstice/integration: webhooks in, for a program with an http.ServeMux.
 //   - solstice/daemon, solstice/telemetry: what a main is made of.
 //   - queue, blobstore, vmprovider, forge: the seams. Each is an interface, with
 //     helpers that every user needs, drivers in packages below it, and a

@@ -3,7 +3,6 @@ package solstice
 import (
 	"context"
 	"errors"
-	"slices"
 	"strconv"
 	"time"
 
@@ -11,6 +10,9 @@ import (
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/solstice/workflow"
 )
+
+// pullGroup begins the groups of pull requests whose workflow names none.
+const pullGroup = "pull_request/"
 
 // groupOf is the concurrency group of a run, and whether it ends the older ones:
 // what the workflow says, and of a pull request else its runs of that workflow.
@@ -20,7 +22,7 @@ func groupOf(r RunRequest, path string, c *workflow.Concurrency) (group string, 
 	case c != nil:
 		return "group/" + c.Group, c.CancelInProgress
 	case r.Event.Kind == forge.KindPullRequest && pr != nil:
-		return "pull_request/" + strconv.Itoa(pr.Number) + "/" + path, true
+		return pullGroup + strconv.Itoa(pr.Number) + "/" + path, true
 	}
 	return "", false
 }
@@ -71,18 +73,18 @@ func (e *Engine) groupLoop(ctx context.Context) {
 
 func (e *Engine) releaseGroups(ctx context.Context) error {
 	const many = 1000 // of those that are further behind the turn comes later
-	waiting, err := e.store.Runs(ctx, store.RunFilter{States: []store.RunState{store.RunPlanning}, Limit: many})
+	waiting, err := e.store.Waiting(ctx, many)
 	if err != nil {
 		return err
 	}
 	seen := map[string]bool{}
 	var errs []error
-	for _, r := range slices.Backward(waiting) {
-		if key := r.RepoKey + "\n" + r.Concurrency; r.Concurrency == "" || seen[key] {
+	for _, r := range waiting {
+		key := r.RepoKey + "\n" + r.Concurrency
+		if seen[key] { // behind another
 			continue
-		} else {
-			seen[key] = true
 		}
+		seen[key] = true
 		errs = append(errs, e.begin(ctx, r.ID))
 	}
 	return errors.Join(errs...)

@@ -345,6 +345,32 @@ func mustRun(t *testing.T, eng *solstice.Engine, id string) solstice.Run {
 	return r
 }
 
+// TestStrangersEndNothing: a pull request that waits for approval is of a group that
+// cancels, and what is under way in it goes on; approved it waits for its turn.
+func TestStrangersEndNothing(t *testing.T) {
+	p := newPulls(t, testenv.SQLite(t))
+	p.base = p.commit(t, map[string]string{".solstice/workflow.yaml": "concurrency: { group: deploy, cancel-in-progress: true }\njobs: { a: { checkout: false, steps: [{ run: sleep 600 }] } }\n"})
+	deploy := p.submitEvent(forge.Event{Kind: forge.KindPush, Ref: "refs/heads/main", Commit: p.base})
+	eventually(t, "it runs", func() bool { return mustRun(t, p.eng, deploy.ID).State == solstice.RunRunning })
+	stranger := p.submitEvent(p.event("2", true))
+	if stranger.State != solstice.RunAwaitingApproval {
+		t.Fatalf("a stranger's run is %s", stranger.State)
+	}
+	approved, err := p.eng.Approve(t.Context(), stranger.ID, p.head)
+	if err != nil || approved.State != solstice.RunPlanning {
+		t.Errorf("approved it is %s, %v", approved.State, err)
+	}
+	if r := mustRun(t, p.eng, deploy.ID); r.State != solstice.RunRunning {
+		t.Errorf("what was under way is %s: %s", r.State, r.Reason)
+	}
+	for _, id := range []string{deploy.ID, stranger.ID} {
+		if err := p.eng.Cancel(t.Context(), id, "seen"); err != nil {
+			t.Fatal(err)
+		}
+		finish(t, p.eng, id)
+	}
+}
+
 // TestNewerPush: see TestConcurrencyGroups.
 func TestNewerPush(t *testing.T) {
 	p := newPulls(t, testenv.SQLite(t))

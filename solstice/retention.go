@@ -38,7 +38,8 @@ type Retention struct {
 	// with their logs whatever their age. 10; negative: none.
 	Newest int
 	// DeliveryAge is how long messages are kept that could not be delivered:
-	// dead letters of run requests and statuses, and what waits to be published.
+	// dead letters of run requests and statuses, and what waits to be published; and
+	// the webhooks that came, and what forges were told.
 	// 14 days.
 	DeliveryAge time.Duration
 }

@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/google/uuid"
 	"go.opentelemetry.io/otel/attribute"
@@ -95,6 +96,8 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 	}
 	var known []string
 	found := false
+	trigger := triggerOf(r.Event)
+	paths := sync.OnceValues(func() ([]string, error) { return changedPaths(ctx, f, r, about) })
 	for _, file := range slices.Sorted(maps.Keys(files)) {
 		w, diags := workflow.Parse(file, files[file])
 		base := path.Base(file)
@@ -108,7 +111,7 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 			known = append(known, file)
 		}
 		if r.Workflow == "" && asksForPaths(w, r.Event.Kind) {
-			if r.Event.ChangedPaths, err = changedPaths(ctx, f, r, about); err != nil {
+			if trigger.ChangedPaths, err = paths(); err != nil {
 				return runs, err
 			}
 		}
@@ -116,7 +119,7 @@ func (e *Engine) Submit(ctx context.Context, r RunRequest) (runs []Run, err erro
 			if r.Workflow != file && r.Workflow != w.Name && r.Workflow != base && r.Workflow != stem {
 				continue
 			}
-		} else if ok, why := w.Match(triggerOf(r.Event)); !ok {
+		} else if ok, why := w.Match(trigger); !ok {
 			e.log.DebugContext(ctx, "workflow not concerned", "workflow", file, "why", why)
 			continue
 		}
@@ -223,7 +226,9 @@ func (e *Engine) accept(ctx context.Context, r RunRequest, about subject, w *wor
 	if err != nil {
 		return Run{}, fmt.Errorf("solstice: accept run: %w", err)
 	}
-	if run.Concurrency != "" && !run.State.Terminal() { // of a duplicate, too: it may have been cut off here
+	// What waits for approval ends nothing but older runs of its own pull request.
+	harmless := run.State != store.RunAwaitingApproval || strings.HasPrefix(run.Concurrency, pullGroup)
+	if run.Concurrency != "" && !run.State.Terminal() && harmless { // of a duplicate, too: it may have been cut off here
 		if err := e.supersede(ctx, run, cancelOlder); err != nil {
 			return Run{}, fmt.Errorf("solstice: end older runs of the concurrency group: %w", err)
 		}

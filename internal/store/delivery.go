@@ -40,18 +40,18 @@ type Delivery struct {
 	ReceivedAt int64
 }
 
-// InsertDelivery writes a delivery, and with it the messages that it causes. One
-// whose ID the forge gave before, or whose body came within the time before, becomes
+// InsertDelivery writes a delivery, and with it the messages that it causes. One that is
+// to be accepted and was before, by the forge's ID or by its body within that time, becomes
 // a DeliveryDuplicate without messages; d says so afterwards, and of which.
 func (s *Store) InsertDelivery(ctx context.Context, d *Delivery, within time.Duration, msgs []OutboxMessage) error {
 	want := d.State
 	try := func() error {
 		return s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
 			d.State, d.ReceivedAt = want, now
-			if d.ReplayOf == "" {
+			if d.ReplayOf == "" && want == DeliveryAccepted { // what was ignored may be wanted by now
 				var first []string
 				err := tx.NewSelect().Model((*Delivery)(nil)).Column("id").
-					Where("forge = ? AND state <> ?", d.Forge, DeliveryDuplicate).
+					Where("forge = ? AND state = ?", d.Forge, DeliveryAccepted).
 					WhereGroup(" AND ", func(q *bun.SelectQuery) *bun.SelectQuery {
 						q = q.Where("body_sum = ? AND received_at > ?", d.BodySum, now-micros(within))
 						if d.Delivery != "" {

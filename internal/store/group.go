@@ -22,6 +22,13 @@ func (s *Store) Group(ctx context.Context, repoKey, group string) ([]*Run, error
 	return out, err
 }
 
+// Waiting lists the runs that wait for their turn in a group, oldest first.
+func (s *Store) Waiting(ctx context.Context, limit int) ([]*Run, error) {
+	var out []*Run
+	err := s.db.NewSelect().Model(&out).Where("state = ? AND concurrency <> ''", RunPlanning).OrderBy("id", bun.OrderAsc).Limit(int64(limit)).Scan(ctx)
+	return out, err
+}
+
 // RunsAt lists the runs of a repository whose statuses stand beside a commit, newest
 // first, at most 100.
 func (s *Store) RunsAt(ctx context.Context, repoKey, commit string) ([]*Run, error) {

@@ -114,11 +114,11 @@ func (s *Store) Report(ctx context.Context, forge, repo, commit, key string) (*R
 	return r, found(err, "report", key)
 }
 
-// deleteReports removes at most limit reports that did not change since before, and
-// are not due.
+// deleteReports removes at most limit reports that did not change since before, also
+// of a forge that never took them.
 func (s *Store) deleteReports(ctx context.Context, before int64, limit int) (int64, error) {
 	old := func(db bun.IDB, out *[]*Report) error {
-		return db.NewSelect().Model(out).Where("changed_at <= ? AND due_at = 0", before).OrderBy("changed_at", bun.OrderAsc).Limit(int64(limit)).Scan(ctx)
+		return db.NewSelect().Model(out).Where("changed_at <= ?", before).OrderBy("changed_at", bun.OrderAsc).Limit(int64(limit)).Scan(ctx)
 	}
 	var some []*Report
 	if err := old(s.db, &some); err != nil || len(some) == 0 { // then it does not take the turn to write

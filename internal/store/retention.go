@@ -348,9 +348,9 @@ func otherOfCommit(db bun.IDB, r *Run) *bun.SelectQuery {
 
 // Leftovers says how long what stays behind is kept, from its end.
 type Leftovers struct {
-	Records     time.Duration // machines that are gone, expired leases, orchestrators not heard of, statuses that were reported
+	Records     time.Duration // machines that are gone, expired leases, orchestrators not heard of
 	Tokens      time.Duration // expired tokens
-	Undelivered time.Duration // messages that could not be published, webhooks; negative: for ever
+	Undelivered time.Duration // messages that could not be published, webhooks, what forges were told; negative: for ever
 }
 
 // Removed counts the leftovers that were removed.
@@ -384,12 +384,13 @@ func (s *Store) RemoveLeftovers(ctx context.Context, l Leftovers, limit int) (Re
 		}
 		*d.count += n
 	}
-	n, err := s.deleteReports(ctx, before, limit)
-	if r.Others += n; err != nil {
-		return r, fmt.Errorf("store: leftovers in reports: %w", err)
-	}
 	if l.Undelivered >= 0 {
-		n, err := s.deleteOver(ctx, "deliveries", "id", func(q *bun.SelectQuery) *bun.SelectQuery {
+		// As long as a late message may ask for an older status.
+		n, err := s.deleteReports(ctx, now-micros(l.Undelivered), limit)
+		if r.Others += n; err != nil {
+			return r, fmt.Errorf("store: leftovers in reports: %w", err)
+		}
+		n, err = s.deleteOver(ctx, "deliveries", "id", func(q *bun.SelectQuery) *bun.SelectQuery {
 			return q.Where("received_at <= ?", now-micros(l.Undelivered))
 		}, limit)
 		if r.Others += n; err != nil {

@@ -7,7 +7,7 @@
 // runs, and answered with 202. A relay publishes that message. The same delivery, or
 // the same body within a day, is a duplicate, which starts nothing.
 //
-//	in, err := integration.New(integration.Config{DB: db, Queue: q, Forges: forges})
+//	in, err := integration.New(ctx, integration.Config{DB: db, Queue: q, Forges: forges})
 //	http.Handle("/webhooks/", in)
 //	err = in.Run(ctx)
 package integration

@@ -198,6 +198,7 @@ func TestWebhooks(t *testing.T) {
 		do("another body, as the same delivery", 202, "duplicate", "d1", push("acme", "2"))
 		do("another", 202, "accepted", "d3", push("acme", "3"))
 		do("of a stranger", 202, "not on the list", "d4", push("acme2", "1"))
+		do("of a stranger, again", 202, "not on the list", "d4", push("acme2", "1"))
 		do("a star", 202, "ignored", "d5", []byte(`{"kind": "star"}`))
 		do("a ping", 202, "nothing to do", "d6", []byte(`{"kind": "ping"}`))
 		do("no JSON", 400, "invalid", "d7", []byte("{"))
@@ -237,7 +238,7 @@ func TestWebhooks(t *testing.T) {
 				t.Errorf("the list has %+v", d)
 			}
 		}
-		if got := strings.Join(states, " "); got != "ignored ignored ignored accepted duplicate duplicate duplicate accepted" {
+		if got := strings.Join(states, " "); got != "ignored ignored ignored ignored accepted duplicate duplicate duplicate accepted" {
 			t.Errorf("deliveries: %s", got)
 		}
 		first, err := r.in.Deliveries().Get(t.Context(), list[len(list)-1].ID)

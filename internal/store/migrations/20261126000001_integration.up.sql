@@ -14,7 +14,7 @@ CREATE TABLE deliveries (
 	replay_of   {{text}} NOT NULL,
 	received_at BIGINT NOT NULL
 );
-CREATE UNIQUE INDEX deliveries_delivery ON deliveries (forge, delivery) WHERE delivery <> '' AND state <> 'duplicate';
+CREATE UNIQUE INDEX deliveries_delivery ON deliveries (forge, delivery) WHERE delivery <> '' AND state = 'accepted';
 CREATE INDEX deliveries_body ON deliveries (forge, body_sum, received_at);
 CREATE INDEX deliveries_forge ON deliveries (forge, id);
 CREATE INDEX deliveries_received ON deliveries (received_at);
