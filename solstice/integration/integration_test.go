@@ -17,8 +17,11 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/uptrace/bun"
 
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/sqldb"
@@ -273,6 +276,45 @@ func TestWebhooks(t *testing.T) {
 		}
 		r.eventually("a status", func() bool { r.forge.mu.Lock(); defer r.forge.mu.Unlock(); return len(r.forge.statuses) == 1 })
 	})
+}
+
+// away is a queue that takes nothing for a while.
+type away struct {
+	queue.Queue
+	refuse atomic.Bool
+}
+
+func (a *away) Publish(ctx context.Context, topic string, msgs []queue.Message, o queue.PublishOptions) error {
+	if a.refuse.Load() {
+		return errors.New("the broker is away")
+	}
+	return a.Queue.Publish(ctx, topic, msgs, o)
+}
+
+// TestAway: while the queue is away webhooks are taken, and what they ask for comes
+// later; while the database is, they are to be delivered again.
+func TestAway(t *testing.T) {
+	q := &away{}
+	var db *bun.DB
+	r := newRig(t, testenv.SQLite(t), func(c *integration.Config) {
+		q.Queue, db = c.Queue, c.DB
+		c.Queue = q
+	})
+	q.refuse.Store(true)
+	if s, text := r.good("d1", push("acme", "1")); s != 202 || !strings.HasPrefix(text, "accepted") {
+		t.Errorf("without the queue: %d %s", s, text)
+	}
+	if n := len(r.asked()); n != 0 {
+		t.Errorf("%d requests went through a queue that is away", n)
+	}
+	q.refuse.Store(false)
+	r.eventually("what was asked for", func() bool { return len(r.asked()) == 1 })
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, text := r.good("d2", push("acme", "2")); s != 503 {
+		t.Errorf("without the database: %d %s", s, text)
+	}
 }
 
 // TestSameAtOnce: of a webhook that comes several times at once one asks for runs.
