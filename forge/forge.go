@@ -337,6 +337,37 @@ type HeadLister interface {
 	Heads(ctx context.Context, repo Repo) (map[string]string, error)
 }
 
+// PullRequestLister is implemented by drivers that can list pull requests, for the
+// same reason.
+type PullRequestLister interface {
+	// PullRequests gives the open ones as a webhook would, those that changed last
+	// first, at most limit.
+	PullRequests(ctx context.Context, repo Repo, limit int) ([]PullRequest, error)
+}
+
+// CheckOptions say what a Checker looks at.
+type CheckOptions struct {
+	// Repos whose access and webhooks are looked at; their names do.
+	Repos []Repo
+	// WebhookURL is where webhooks should go; empty: they are not looked for.
+	WebhookURL string
+}
+
+// Finding is what a Checker has to say about one thing.
+type Finding struct {
+	Level  Level  // LevelNotice: it is as it should be
+	What   string // a sentence without a full stop
+	Advice string // what to do about it; empty where nothing is to be done
+}
+
+// Checker is implemented by drivers that can say whether their forge is set up.
+type Checker interface {
+	// Check looks at credentials, permissions and webhooks, and changes nothing. What
+	// is wrong is a Finding, also that the forge cannot be reached; the error is
+	// ctx's.
+	Check(ctx context.Context, o CheckOptions) ([]Finding, error)
+}
+
 // StatusForgetter is implemented by drivers that keep statuses themselves.
 type StatusForgetter interface {
 	// ForgetStatuses removes what stands beside a commit; nothing there is no
