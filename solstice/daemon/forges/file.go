@@ -8,25 +8,20 @@
 package forges
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net/url"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 
-	"go.yaml.in/yaml/v4"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/internal/operator"
 )
 
 // ErrInvalid: a file of forges is wrong.
 var ErrInvalid = errors.New("forges: invalid")
-
-// maxFileBytes bounds a file of forges.
-const maxFileBytes = 1 << 20
 
 // File is what a file of forges says.
 type File struct {
@@ -37,28 +32,19 @@ type File struct {
 type entry struct {
 	name, file string
 
-	Driver            string   `yaml:"driver"`
-	URL               string   `yaml:"url"`
-	APIURL            string   `yaml:"api_url"`
-	AppID             int64    `yaml:"app_id"`
-	AppKeyFile        string   `yaml:"app_key_file"`
-	TokenFile         string   `yaml:"token_file"`
-	WebhookSecretFile string   `yaml:"webhook_secret_file"`
-	Allow             []string `yaml:"allow"`
-	AllowAll          bool     `yaml:"allow_all"`
-	Root              string   `yaml:"root"`
-	StatusDir         string   `yaml:"status_dir"`
-	StatusesElsewhere bool     `yaml:"statuses_elsewhere"`
-	Plugin            *plugin  `yaml:"plugin"`
-}
-
-// plugin says how a plugin is started or reached.
-type plugin struct {
-	Command []string `yaml:"command"`
-	Env     []string `yaml:"env"`
-	TLSCA   string   `yaml:"tls_ca"`
-	TLSCert string   `yaml:"tls_cert"`
-	TLSKey  string   `yaml:"tls_key"`
+	Driver            string           `yaml:"driver"`
+	URL               string           `yaml:"url"`
+	APIURL            string           `yaml:"api_url"`
+	AppID             int64            `yaml:"app_id"`
+	AppKeyFile        string           `yaml:"app_key_file"`
+	TokenFile         string           `yaml:"token_file"`
+	WebhookSecretFile string           `yaml:"webhook_secret_file"`
+	Allow             []string         `yaml:"allow"`
+	AllowAll          bool             `yaml:"allow_all"`
+	Root              string           `yaml:"root"`
+	StatusDir         string           `yaml:"status_dir"`
+	StatusesElsewhere bool             `yaml:"statuses_elsewhere"`
+	Plugin            *operator.Plugin `yaml:"plugin"`
 }
 
 // document is the whole file.
@@ -70,31 +56,19 @@ type document struct {
 // is wrong is an error that wraps ErrInvalid, or what the system says, and names all
 // of it.
 func ReadFile(path string) (*File, error) {
-	f, err := os.Open(path)
+	data, err := operator.Read(path, ErrInvalid)
 	if err != nil {
 		return nil, err
-	}
-	defer func() { _ = f.Close() }() // only read from
-	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxFileBytes {
-		return nil, fmt.Errorf("%w: %s is larger than %d bytes", ErrInvalid, path, maxFileBytes)
 	}
 	return parse(path, data)
 }
 
-var (
-	unknownField = regexp.MustCompile(`field (\S+) not found in type [\w.]+`)
-	forgeName    = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
-)
+var forgeName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
 func parse(path string, data []byte) (*File, error) {
 	var doc document
-	if err := yaml.Load(data, &doc, yaml.WithKnownFields(), yaml.WithUniqueKeys()); err != nil && !errors.Is(err, io.EOF) {
-		text := unknownField.ReplaceAllString(strings.TrimPrefix(err.Error(), "yaml: construct errors: "), "unknown key $1")
-		return nil, fmt.Errorf("%w: %s: %s", ErrInvalid, path, text)
+	if err := operator.Parse(path, data, &doc, ErrInvalid); err != nil {
+		return nil, err
 	}
 	if len(doc.Forges) == 0 {
 		return nil, fmt.Errorf("%w: %s: there are no forges", ErrInvalid, path)
@@ -116,14 +90,6 @@ func parse(path string, data []byte) (*File, error) {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, errors.Join(errs...))
 	}
 	return out, nil
-}
-
-// beside is a path of the file, which is relative to its directory.
-func (e *entry) beside(name string) string {
-	if name == "" || filepath.IsAbs(name) {
-		return name
-	}
-	return filepath.Join(filepath.Dir(e.file), name)
 }
 
 // keysOf are the keys that only some drivers have.
@@ -173,7 +139,7 @@ func (e *entry) check() (errs []error) {
 			bad("root is missing: the directory of the repositories")
 		}
 	case "plugin":
-		errs = append(errs, e.checkPlugin()...)
+		errs = append(errs, cmp.Or(e.Plugin, &operator.Plugin{}).Check(e.Driver, "driver")...)
 	}
 	for key, u := range map[string]string{"url": e.URL, "api_url": e.APIURL} {
 		if p, err := url.Parse(u); u != "" && (err != nil || p.Scheme != "https" && p.Scheme != "http" || p.Host == "" || p.User != nil) {
@@ -198,42 +164,8 @@ func (e *entry) kind() string {
 		return e.Driver
 	case e.Driver == "gitea":
 		return "forgejo"
-	case e.Driver == "command", strings.HasPrefix(e.Driver, "grpc+unix:"), strings.HasPrefix(e.Driver, "grpc+tls:"):
+	case operator.IsPlugin(e.Driver):
 		return "plugin"
 	}
 	return ""
-}
-
-// target is where a plugin is, as remoteforge.Config has it.
-func (e *entry) target() string {
-	if t, ok := strings.CutPrefix(e.Driver, "grpc+tls:"); ok {
-		return t
-	}
-	return strings.TrimPrefix(e.Driver, "grpc+")
-}
-
-func (e *entry) checkPlugin() (errs []error) {
-	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
-	p := e.Plugin
-	if p == nil {
-		p = &plugin{}
-	}
-	started := e.Driver == "command"
-	if started != (len(p.Command) > 0) {
-		bad("driver command and plugin.command, the program and its arguments, go together")
-	}
-	if !started && len(p.Env) > 0 {
-		bad("plugin.env is of plugins that are started here")
-	}
-	tls := strings.HasPrefix(e.Driver, "grpc+tls:")
-	given := 0
-	for _, file := range []string{p.TLSCA, p.TLSCert, p.TLSKey} {
-		if file != "" {
-			given++
-		}
-	}
-	if tls && given != 3 || !tls && given > 0 {
-		bad("plugin.tls_ca, tls_cert and tls_key are of grpc+tls:HOST:PORT, which needs all three")
-	}
-	return errs
 }

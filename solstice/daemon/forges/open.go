@@ -1,8 +1,8 @@
 package forges
 
 import (
+	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -17,7 +17,7 @@ import (
 	"github.com/solstice-ci/solstice-go/forge/gitlab"
 	"github.com/solstice-ci/solstice-go/forge/localgit"
 	"github.com/solstice-ci/solstice-go/forge/remoteforge"
-	"github.com/solstice-ci/solstice-go/solstice/daemon"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/internal/operator"
 	"github.com/solstice-ci/solstice-go/solstice/integration"
 )
 
@@ -70,7 +70,7 @@ func (f *File) Open(ctx context.Context, o Options) (_ *Set, err error) {
 
 // read reads a secret, whose last newline is not part of it.
 func (e *entry) read(key, file string) ([]byte, error) {
-	data, err := os.ReadFile(e.beside(file))
+	data, err := os.ReadFile(operator.Beside(e.file, file))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", key, err)
 	}
@@ -106,11 +106,11 @@ func (e *entry) open(ctx context.Context, o Options) (forge.Forge, error) {
 	case "gitlab":
 		return opens(gitlab.New(gitlab.Config{BaseURL: e.URL, Token: token}))
 	case "local":
-		statuses := e.beside(e.StatusDir)
+		statuses := operator.Beside(e.file, e.StatusDir)
 		if statuses == "" {
 			statuses = filepath.Join(o.StateDir, "statuses", e.name)
 		}
-		return opens(localgit.Open(ctx, localgit.Config{Root: e.beside(e.Root), StatusDir: statuses}))
+		return opens(localgit.Open(ctx, localgit.Config{Root: operator.Beside(e.file, e.Root), StatusDir: statuses}))
 	}
 	return e.openPlugin(ctx, o)
 }
@@ -124,39 +124,19 @@ func opens[F forge.Forge](f F, err error) (forge.Forge, error) {
 }
 
 func (e *entry) openPlugin(ctx context.Context, o Options) (forge.Forge, error) {
-	p := e.Plugin
-	if p == nil {
-		p = &plugin{}
-	}
-	if e.Driver == "command" {
-		var env []string
-		for k, v := range daemon.Environment(append([]string{"PATH"}, p.Env...)...) {
-			env = append(env, k+"="+v)
-		}
-		slices.Sort(env)
+	p := cmp.Or(e.Plugin, &operator.Plugin{})
+	if e.Driver == operator.StartedHere {
 		dir := filepath.Join(o.StateDir, "plugins")
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		argv := slices.Clone(p.Command)
-		if strings.Contains(argv[0], "/") {
-			argv[0] = e.beside(argv[0])
-		}
-		return opens(remoteforge.Start(ctx, remoteforge.Command{Argv: argv, Env: env, Output: os.Stderr, Logger: o.Logger, Dir: dir}))
+		return opens(remoteforge.Start(ctx, remoteforge.Command{Argv: p.Argv(e.file), Env: p.Environment(), Output: os.Stderr, Logger: o.Logger, Dir: dir}))
 	}
-	cfg := remoteforge.Config{Target: e.target()}
-	if p.TLSCA != "" {
-		ca, err := daemon.LoadPool(e.beside(p.TLSCA))
-		if err != nil {
-			return nil, err
-		}
-		pair, err := tls.LoadX509KeyPair(e.beside(p.TLSCert), e.beside(p.TLSKey))
-		if err != nil {
-			return nil, err
-		}
-		cfg.TLS = &tls.Config{RootCAs: ca, Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS13}
+	secured, err := p.TLS(e.file)
+	if err != nil {
+		return nil, err
 	}
-	return opens(remoteforge.Open(ctx, cfg))
+	return opens(remoteforge.Open(ctx, remoteforge.Config{Target: operator.Target(e.Driver), TLS: secured}))
 }
 
 // Forges are the engine's, by name.

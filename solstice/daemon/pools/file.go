@@ -8,13 +8,12 @@
 package pools
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -23,6 +22,7 @@ import (
 
 	"go.yaml.in/yaml/v4"
 
+	"github.com/solstice-ci/solstice-go/solstice/daemon/internal/operator"
 	"github.com/solstice-ci/solstice-go/vmprovider/image"
 	"github.com/solstice-ci/solstice-go/vmprovider/libvirtvm"
 	"github.com/solstice-ci/solstice-go/vmprovider/seed"
@@ -30,9 +30,6 @@ import (
 
 // ErrInvalid: a file of pools is wrong.
 var ErrInvalid = errors.New("pools: invalid")
-
-// maxFileBytes bounds a file of pools.
-const maxFileBytes = 1 << 20
 
 // File is what a file of pools says.
 type File struct {
@@ -108,12 +105,8 @@ func (n *network) UnmarshalYAML(node *yaml.Node) error {
 
 // plugin says how a plugin is started or reached.
 type plugin struct {
-	Command []string `yaml:"command"`
-	Env     []string `yaml:"env"`
-	Gateway string   `yaml:"gateway"` // empty: not known
-	TLSCA   string   `yaml:"tls_ca"`
-	TLSCert string   `yaml:"tls_cert"`
-	TLSKey  string   `yaml:"tls_key"`
+	operator.Plugin `yaml:",inline"`
+	Gateway         string `yaml:"gateway"` // empty: not known
 }
 
 // bytes is a number of bytes, written like 512MiB.
@@ -134,17 +127,9 @@ func (b *bytes) UnmarshalYAML(node *yaml.Node) error {
 // that names none, and may be empty. What is wrong is an error that wraps
 // ErrInvalid, or what the system says, and names all of it.
 func ReadFile(path, catalogue string) (*File, error) {
-	f, err := os.Open(path)
+	data, err := operator.Read(path, ErrInvalid)
 	if err != nil {
 		return nil, err
-	}
-	defer func() { _ = f.Close() }() // only read from
-	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxFileBytes {
-		return nil, fmt.Errorf("%w: %s is larger than %d bytes", ErrInvalid, path, maxFileBytes)
 	}
 	return parse(path, catalogue, data)
 }
@@ -158,29 +143,18 @@ type document struct {
 	Pools        map[string]*entry `yaml:"pools"`
 }
 
-var unknownField = regexp.MustCompile(`field (\S+) not found in type [\w.]+`)
-
 func parse(path, catalogue string, data []byte) (*File, error) {
 	var doc document
-	if err := yaml.Load(data, &doc, yaml.WithKnownFields(), yaml.WithUniqueKeys()); err != nil && !errors.Is(err, io.EOF) {
-		text := unknownField.ReplaceAllString(strings.TrimPrefix(err.Error(), "yaml: construct errors: "), "unknown key $1")
-		return nil, fmt.Errorf("%w: %s: %s", ErrInvalid, path, text)
-	}
-	beside := func(name string) string {
-		if filepath.IsAbs(name) {
-			return name
-		}
-		return filepath.Join(filepath.Dir(path), name)
+	if err := operator.Parse(path, data, &doc, ErrInvalid); err != nil {
+		return nil, err
 	}
 	if doc.ImageMaxAge < 0 {
 		return nil, fmt.Errorf("%w: %s: image_max_age is negative", ErrInvalid, path)
 	}
 	out := &File{evict: image.Options{MaxBytes: int64(doc.ImageMaxSize), MaxAge: doc.ImageMaxAge}}
+	out.imageDir = operator.Beside(path, doc.ImageDir)
 	if doc.Catalogue != "" {
-		catalogue = beside(doc.Catalogue)
-	}
-	if doc.ImageDir != "" {
-		out.imageDir = beside(doc.ImageDir)
+		catalogue = operator.Beside(path, doc.Catalogue)
 	}
 	if catalogue != "" {
 		var err error
@@ -199,16 +173,6 @@ func parse(path, catalogue string, data []byte) (*File, error) {
 			e = &entry{}
 		}
 		e.name, e.file = name, path
-		if p := e.Plugin; p != nil {
-			for _, file := range []*string{&p.TLSCA, &p.TLSCert, &p.TLSKey} {
-				if *file != "" {
-					*file = beside(*file)
-				}
-			}
-			if len(p.Command) > 0 && strings.ContainsRune(p.Command[0], filepath.Separator) { // others are looked for in PATH
-				p.Command[0] = beside(p.Command[0])
-			}
-		}
 		if len(e.Labels) == 0 {
 			e.Labels = []string{name}
 		}
@@ -285,7 +249,11 @@ func (e *entry) check(c *image.Catalogue) (errs []error) {
 			bad("image is missing: a label of the catalogue, which may have a default_label")
 		}
 	case "plugin":
-		errs = append(errs, e.checkPlugin()...)
+		p := cmp.Or(e.Plugin, &plugin{})
+		errs = append(errs, p.Check(e.Provider, "provider")...)
+		if p.Gateway != "" && net.ParseIP(p.Gateway) == nil {
+			bad("plugin.gateway %q: want the address at which guests find this computer's loopback, such as 10.0.2.2", p.Gateway)
+		}
 	default:
 		bad("provider %q: want process, libvirt, command, grpc+unix:PATH or grpc+tls:HOST:PORT", e.Provider)
 	}
@@ -303,50 +271,10 @@ func (e *entry) kind() string {
 	switch {
 	case e.Provider == "process", e.Provider == "libvirt":
 		return e.Provider
-	case e.Provider == "command", strings.HasPrefix(e.Provider, "grpc+unix:"), strings.HasPrefix(e.Provider, "grpc+tls:"):
+	case operator.IsPlugin(e.Provider):
 		return "plugin"
 	}
 	return ""
-}
-
-// target is where a plugin is, as remotevm.Config has it; empty: it is started.
-func (e *entry) target() string {
-	if t, ok := strings.CutPrefix(e.Provider, "grpc+tls:"); ok {
-		return t
-	}
-	if strings.HasPrefix(e.Provider, "grpc+") {
-		return strings.TrimPrefix(e.Provider, "grpc+")
-	}
-	return ""
-}
-
-func (e *entry) checkPlugin() (errs []error) {
-	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
-	p := e.Plugin
-	if p == nil {
-		p = &plugin{}
-	}
-	started := e.Provider == "command"
-	if started != (len(p.Command) > 0) {
-		bad("provider command and plugin.command, the program and its arguments, go together")
-	}
-	if !started && len(p.Env) > 0 {
-		bad("plugin.env is of plugins that are started here")
-	}
-	if p.Gateway != "" && net.ParseIP(p.Gateway) == nil {
-		bad("plugin.gateway %q: want the address at which guests find this computer's loopback, such as 10.0.2.2", p.Gateway)
-	}
-	tls := strings.HasPrefix(e.Provider, "grpc+tls:")
-	given := 0
-	for _, file := range []string{p.TLSCA, p.TLSCert, p.TLSKey} {
-		if file != "" {
-			given++
-		}
-	}
-	if tls && given != 3 || !tls && given > 0 {
-		bad("plugin.tls_ca, tls_cert and tls_key are of grpc+tls:HOST:PORT, which needs all three")
-	}
-	return errs
 }
 
 // choose looks up image and size.

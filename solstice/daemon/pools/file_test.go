@@ -4,10 +4,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/solstice-ci/solstice-go/solstice/daemon/internal/operator"
 	"github.com/solstice-ci/solstice-go/vmprovider/image"
 	"github.com/solstice-ci/solstice-go/vmprovider/libvirtvm"
 )
@@ -87,14 +89,14 @@ pools:
 	if f.evict.MaxBytes != 50<<30 || f.evict.MaxAge != 720*time.Hour {
 		t.Errorf("images go by %+v", f.evict)
 	}
-	if got := f.pools[0].target(); got != "vms.example.com:7000" {
+	if got := operator.Target(f.pools[0].Provider); got != "vms.example.com:7000" {
 		t.Errorf("target %q", got)
 	}
 	beside := filepath.Dir(path)
-	if p := f.pools[0].Plugin; p.TLSCA != filepath.Join(beside, "ca.pem") || p.TLSCert != filepath.Join(beside, "cert.pem") || p.TLSKey != "/keys/key.pem" || p.Gateway != "10.0.2.2" {
+	if p := f.pools[0].Plugin; operator.Beside(path, p.TLSCA) != filepath.Join(beside, "ca.pem") || operator.Beside(path, p.TLSKey) != "/keys/key.pem" || p.Gateway != "10.0.2.2" {
 		t.Errorf("plugin %+v", p)
 	}
-	if p := f.pools[2].Plugin; len(p.Command) != 2 || p.Command[0] != filepath.Join(beside, "qemuvm") || p.Command[1] != "./arg" {
+	if p := f.pools[2].Plugin; !slices.Equal(p.Argv(f.pools[2].file), []string{filepath.Join(beside, "qemuvm"), "./arg"}) {
 		t.Errorf("plugin %+v", p)
 	}
 	if l := f.pools[3].Libvirt; l.Subnet.String() != "10.99.0.0/24" || len(l.Allow) != 2 || l.Allow[1].String() != "tcp/10.20.0.0/16:443" {

@@ -3,7 +3,6 @@ package pools
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/internal/operator"
 	"github.com/solstice-ci/solstice-go/vmprovider"
 	"github.com/solstice-ci/solstice-go/vmprovider/image"
 	"github.com/solstice-ci/solstice-go/vmprovider/libvirtvm"
@@ -178,32 +178,19 @@ func (p *opened) openLibvirt(ctx context.Context, o Options) (vmprovider.Provide
 func (p *opened) openPlugin(ctx context.Context, o Options) (vmprovider.Provider, error) {
 	c := cmp.Or(p.Plugin, &plugin{})
 	p.gateway, p.on = c.Gateway, net.IP.IsLoopback
-	if p.Provider == "command" {
-		var env []string
-		for k, v := range daemon.Environment(append([]string{"PATH"}, c.Env...)...) {
-			env = append(env, k+"="+v)
-		}
-		slices.Sort(env)
+	if p.Provider == operator.StartedHere {
 		if o.PluginDir != "" {
 			if err := os.MkdirAll(o.PluginDir, 0o700); err != nil {
 				return nil, err
 			}
 		}
-		return remotevm.Start(ctx, remotevm.Command{Argv: c.Command, Env: env, Output: os.Stderr, Logger: o.Logger, Dir: o.PluginDir})
+		return remotevm.Start(ctx, remotevm.Command{Argv: c.Argv(p.file), Env: c.Environment(), Output: os.Stderr, Logger: o.Logger, Dir: o.PluginDir})
 	}
-	cfg := remotevm.Config{Target: p.target()}
-	if c.TLSCA != "" {
-		ca, err := daemon.LoadPool(c.TLSCA)
-		if err != nil {
-			return nil, err
-		}
-		pair, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
-		if err != nil {
-			return nil, err
-		}
-		cfg.TLS = &tls.Config{RootCAs: ca, Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS13}
+	secured, err := c.TLS(p.file)
+	if err != nil {
+		return nil, err
 	}
-	return remotevm.Open(ctx, cfg)
+	return remotevm.Open(ctx, remotevm.Config{Target: operator.Target(p.Provider), TLS: secured})
 }
 
 // recipe is how a pool's provider makes machines, as the file says it.
