@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/solstice-ci/solstice-go/solstice"
+	"github.com/solstice-ci/solstice-go/solstice/logtext"
 )
 
 const (
@@ -252,7 +253,7 @@ func (v *jobView) finish() {
 		if a.Console != "" {
 			v.failure.lines = []string{"the machine's console ended with:"}
 			for l := range strings.SplitSeq(strings.TrimRight(a.Console, "\n"), "\n") {
-				v.failure.lines = append(v.failure.lines, safe(l, false))
+				v.failure.lines = append(v.failure.lines, logtext.Line(l, false))
 			}
 		}
 	}

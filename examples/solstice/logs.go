@@ -15,6 +15,7 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice"
 	pb "github.com/solstice-ci/solstice-go/solstice/api/orchestratorv1"
 	"github.com/solstice-ci/solstice-go/solstice/logstream"
+	"github.com/solstice-ci/solstice-go/solstice/logtext"
 	"github.com/solstice-ci/solstice-go/solstice/orchestrator/client"
 )
 
@@ -132,7 +133,7 @@ func (c *logsCmd) one(ctx context.Context, eng remote, job solstice.Job, attempt
 	}
 	var w io.WriteCloser = nothingToClose{os.Stdout}
 	if isTerminal() && !c.Raw {
-		w = newLineWriter(os.Stdout, c.screen().colour != nil)
+		w = logtext.NewWriter(os.Stdout, c.screen().colour != nil)
 	}
 	stamps := &stamper{w: w}
 	first, begun := true, attempt != ""
@@ -244,42 +245,6 @@ func (s *stamper) write(c logstream.Chunk) error {
 	}
 	_, err := s.w.Write(out.Bytes())
 	return err
-}
-
-// lineWriter shows whole lines, without what could harm a terminal.
-type lineWriter struct {
-	w      io.Writer
-	colour bool
-	line   []byte
-}
-
-func newLineWriter(w io.Writer, colour bool) *lineWriter { return &lineWriter{w: w, colour: colour} }
-
-// Write implements io.Writer.
-func (w *lineWriter) Write(p []byte) (int, error) {
-	for l := range bytes.Lines(p) {
-		w.line = append(w.line, bytes.TrimSuffix(l, []byte("\n"))...)
-		if l[len(l)-1] == '\n' || len(w.line) >= maxLine {
-			if err := w.flush(); err != nil {
-				return 0, err
-			}
-		}
-	}
-	return len(p), nil
-}
-
-func (w *lineWriter) flush() error {
-	_, err := io.WriteString(w.w, safe(string(w.line), w.colour)+"\n")
-	w.line = w.line[:0]
-	return err
-}
-
-// Close shows what has no line break behind it.
-func (w *lineWriter) Close() error {
-	if len(w.line) == 0 {
-		return nil
-	}
-	return w.flush()
 }
 
 type nothingToClose struct{ io.Writer }

@@ -12,12 +12,13 @@ import (
 	"github.com/muesli/termenv"
 
 	"github.com/solstice-ci/solstice-go/solstice"
+	"github.com/solstice-ci/solstice-go/solstice/logtext"
 )
 
 const (
-	maxLine  = 4096 // where a line without an end is broken for display; the stored log is not changed
-	maxWidth = 32   // of the column of job names; longer names stick out
-	lastKept = 20   // lines of a step that the summary can show
+	maxLine  = logtext.MaxLine
+	maxWidth = 32 // of the column of job names; longer names stick out
+	lastKept = 20 // lines of a step that the summary can show
 )
 
 // screen prints the lines of several jobs, each line whole.
@@ -118,7 +119,7 @@ func (w *jobWriter) Write(p []byte) (int, error) {
 }
 
 func (w *jobWriter) flush() {
-	text := safe(string(w.line), w.s.colour != nil)
+	text := logtext.Line(string(w.line), w.s.colour != nil)
 	w.line = w.line[:0]
 	w.last = append(w.last, text)
 	if len(w.last) > lastKept {
@@ -212,3 +213,6 @@ func prefixed(prefix, s string) string {
 }
 
 func words(s string) string { return strings.ReplaceAll(s, "_", " ") }
+
+// plain is for names and reasons.
+func plain(text string) string { return logtext.Plain(text) }

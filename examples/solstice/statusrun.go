@@ -9,6 +9,7 @@ import (
 
 	"github.com/solstice-ci/solstice-go/solstice"
 	pb "github.com/solstice-ci/solstice-go/solstice/api/orchestratorv1"
+	"github.com/solstice-ci/solstice-go/solstice/logtext"
 	"github.com/solstice-ci/solstice-go/solstice/orchestrator/client"
 )
 
@@ -74,7 +75,7 @@ func (r runDetails) print(out *screen) {
 	about.print(out, "  ")
 	for _, d := range r.Diagnostics {
 		for l := range strings.Lines(d.String()) {
-			out.printf("  %s", safe(strings.TrimSuffix(l, "\n"), false))
+			out.printf("  %s", logtext.Line(strings.TrimSuffix(l, "\n"), false))
 		}
 	}
 	if len(r.Jobs) == 0 {
@@ -129,7 +130,7 @@ func (j jobDetails) failures(out *screen) {
 		if a.Console != "" {
 			out.printf("    the machine's console ended with:")
 			for l := range strings.SplitSeq(strings.TrimRight(a.Console, "\n"), "\n") {
-				out.printf("      %s", safe(l, false))
+				out.printf("      %s", logtext.Line(l, false))
 			}
 		}
 	}

@@ -1,13 +1,24 @@
-package main
+// Package logtext makes text that jobs print, or that strangers chose, safe for people to
+// look at: without what harms a terminal, and without what makes a line show as another.
+package logtext
 
-import "strings"
+import (
+	"bytes"
+	"io"
+	"strings"
+)
 
-// plain is safe for names and reasons, which have no colours.
-func plain(text string) string { return safe(strings.ReplaceAll(text, "\n", " "), false) }
+// MaxLine is where a line without an end is broken for display, in bytes; stored logs
+// are not changed.
+const MaxLine = 4096
 
-// safe takes away what a job's output could do to the terminal: of escape
-// sequences only colours are left, of carriage returns what they would show.
-func safe(line string, colour bool) string {
+// Plain is for names and reasons: one line without colours.
+func Plain(text string) string { return Line(strings.ReplaceAll(text, "\n", " "), false) }
+
+// Line takes away what a line of a job's output could do: of escape sequences only
+// colours are left, and they only where colour says so; of carriage returns what they
+// would show. It is valid UTF-8 afterwards.
+func Line(line string, colour bool) string {
 	line = strings.TrimRight(line, "\r")
 	if i := strings.LastIndexByte(line, '\r'); i >= 0 {
 		line = line[i+1:]
@@ -79,4 +90,41 @@ func escape(s string) (n int, sgr bool) {
 		return 1, false
 	}
 	return 2, false
+}
+
+// Writer shows whole lines.
+type Writer struct {
+	w      io.Writer
+	colour bool
+	line   []byte
+}
+
+// NewWriter writes each line to w, as Line gives it.
+func NewWriter(w io.Writer, colour bool) *Writer { return &Writer{w: w, colour: colour} }
+
+// Write implements io.Writer.
+func (w *Writer) Write(p []byte) (int, error) {
+	for l := range bytes.Lines(p) {
+		w.line = append(w.line, bytes.TrimSuffix(l, []byte("\n"))...)
+		if l[len(l)-1] == '\n' || len(w.line) >= MaxLine {
+			if err := w.flush(); err != nil {
+				return 0, err
+			}
+		}
+	}
+	return len(p), nil
+}
+
+func (w *Writer) flush() error {
+	_, err := io.WriteString(w.w, Line(string(w.line), w.colour)+"\n")
+	w.line = w.line[:0]
+	return err
+}
+
+// Close shows what has no line break behind it. It leaves what it writes to open.
+func (w *Writer) Close() error {
+	if len(w.line) == 0 {
+		return nil
+	}
+	return w.flush()
 }

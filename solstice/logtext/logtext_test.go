@@ -1,4 +1,4 @@
-package main
+package logtext
 
 import (
 	"regexp"
@@ -7,7 +7,7 @@ import (
 	"unicode/utf8"
 )
 
-func TestSafe(t *testing.T) {
+func TestLine(t *testing.T) {
 	for _, c := range []struct{ name, in, plain, coloured string }{
 		{"text", "a\tb ü", "a\tb ü", "a\tb ü"},
 		{"colour", "\x1b[1;31mred\x1b[0m", "red", "\x1b[1;31mred\x1b[0m\x1b[0m"},
@@ -33,21 +33,21 @@ func TestSafe(t *testing.T) {
 		{"direction", "a\u202eb\u2066c", "abc", "abc"},
 		{"invalid UTF-8", "a\xffb", "a\ufffdb", "a\ufffdb"},
 	} {
-		if got := safe(c.in, false); got != c.plain {
+		if got := Line(c.in, false); got != c.plain {
 			t.Errorf("%s: plain: %q, want %q", c.name, got, c.plain)
 		}
-		if got := safe(c.in, true); got != c.coloured {
+		if got := Line(c.in, true); got != c.coloured {
 			t.Errorf("%s: coloured: %q, want %q", c.name, got, c.coloured)
 		}
 	}
-	if got := plain("a\nb\x1b[31mc"); got != "a bc" {
+	if got := Plain("a\nb\x1b[31mc"); got != "a bc" {
 		t.Errorf("plain: %q", got)
 	}
 }
 
 var sgr = regexp.MustCompile(`\x1b\[[0-9;:]*m`)
 
-func FuzzSafe(f *testing.F) {
+func FuzzLine(f *testing.F) {
 	for _, s := range []string{
 		"", "plain", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07x", "\x1b]8;;http://x\x1b\\y", "\x1b[\x1b[2J", "\x1b\x1b]", "\x1b[3\u009b1m",
 		"\x1bP1$r\x1b\\", "a\rb\rc", "\u202e\u2066", "\x9b31m", "\xc2\x1b[2J", "\x1b[?25l", "\x1b[>4;2m", "\x1b(0", "\x1b[31",
@@ -55,14 +55,14 @@ func FuzzSafe(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, in string) {
-		plain, coloured := safe(in, false), safe(in, true)
+		plain, coloured := Line(in, false), Line(in, true)
 		check(t, in, plain)
 		check(t, in, sgr.ReplaceAllString(coloured, "")) // colours are all that is let through
 		if strings.Contains(coloured, "\x1b") && !strings.HasSuffix(coloured, "\x1b[0m") {
-			t.Errorf("safe(%q) = %q colours what comes next", in, coloured)
+			t.Errorf("Line(%q) = %q colours what comes next", in, coloured)
 		}
-		if again := safe(plain, false); again != plain {
-			t.Errorf("safe(%q) = %q, and again %q", in, plain, again)
+		if again := Line(plain, false); again != plain {
+			t.Errorf("Line(%q) = %q, and again %q", in, plain, again)
 		}
 	})
 }
@@ -70,27 +70,27 @@ func FuzzSafe(f *testing.F) {
 func check(t *testing.T, in, out string) {
 	t.Helper()
 	if !utf8.ValidString(out) {
-		t.Errorf("safe(%q) = %q is not UTF-8", in, out)
+		t.Errorf("Line(%q) = %q is not UTF-8", in, out)
 	}
 	for _, r := range out {
 		if r < ' ' && r != '\t' || r == 0x7f || isControl(r) {
-			t.Fatalf("safe(%q) = %q has %U", in, out, r)
+			t.Fatalf("Line(%q) = %q has %U", in, out, r)
 		}
 	}
 }
 
-func TestLinesStayWhole(t *testing.T) {
+func TestWriter(t *testing.T) {
 	var out strings.Builder
-	s := newScreen(&out, false, []string{"a", "long name"})
-	w := s.job("a")
-	for _, p := range []string{"one\ntw", "o\n", "\n", strings.Repeat("x", maxLine+1), "\nend"} {
+	w := NewWriter(&out, false)
+	for _, p := range []string{"one\ntw", "o\n", "\n", strings.Repeat("x", MaxLine), "\x1b[31mend"} {
 		if _, err := w.Write([]byte(p)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	w.end()
-	want := "a         | one\na         | two\na         |\na         | " + strings.Repeat("x", maxLine) + "\na         | x\na         | end\n"
-	if out.String() != want {
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if want := "one\ntwo\n\n" + strings.Repeat("x", MaxLine) + "\nend\n"; out.String() != want {
 		t.Errorf("got %q", out.String())
 	}
 }
