@@ -19,6 +19,8 @@
 //   - solstice/orchestrator: the engine as a service for people and programs, with
 //     tokens and roles; its client in the package below it.
 //   - solstice/integration: webhooks in, for a program with an http.ServeMux.
+//   - solstice/runpages, solstice/logtext: what the links of statuses lead to, and
+//     text of jobs made safe to look at.
 //   - solstice/daemon, solstice/telemetry: what a main is made of.
 //   - queue, blobstore, vmprovider, forge: the seams. Each is an interface, with
 //     helpers that every user needs, drivers in packages below it, and a

@@ -22,7 +22,7 @@ import (
 
 // statuses says what a change means for the forge; it runs inside the
 // transaction of the change, so it only looks at its arguments.
-func (e *Engine) statuses(run *store.Run, jobs []*store.Job) []store.OutboxMessage {
+func (e *Engine) statuses(run *store.Run, jobs, all []*store.Job) []store.OutboxMessage {
 	repo := decode[forge.Repo](run.Repo)
 	commit := firstOf(run.Head, run.Commit)
 	var out []store.OutboxMessage
@@ -64,7 +64,11 @@ func (e *Engine) statuses(run *store.Run, jobs []*store.Job) []store.OutboxMessa
 	if !run.State.Terminal() {
 		s.Actions = append(s.Actions, forge.ActionCancel)
 	}
-	s.Annotations = annotations(decode[workflow.Diagnostics](run.Diagnostics))
+	diags := decode[workflow.Diagnostics](run.Diagnostics)
+	s.Annotations = annotations(diags)
+	if run.State.Terminal() {
+		s.Summary = e.summary(diags, all)
+	}
 	add(s)
 	return out
 }
@@ -86,6 +90,61 @@ func annotations(diags workflow.Diagnostics) []forge.Annotation {
 		out = append(out, a)
 	}
 	return out
+}
+
+// maxRows bounds a table of jobs.
+const maxRows = 200
+
+// summary is Markdown: what is wrong with the workflow file, and what became of each job,
+// those first that did not do well.
+func (e *Engine) summary(diags workflow.Diagnostics, jobs []*store.Job) string {
+	var b strings.Builder
+	for _, d := range diags[:min(len(diags), maxAnnotations)] {
+		fmt.Fprintf(&b, "- %s:%d: %s\n", markdown(d.Path), d.Line, markdown(d.Message))
+	}
+	if len(jobs) == 0 {
+		return b.String()
+	}
+	b.WriteString("\n| job | state | ran for | |\n| --- | --- | --- | --- |\n")
+	good := func(j *store.Job) int {
+		if j.State == store.JobSucceeded || j.State == store.JobSkipped {
+			return 1
+		}
+		return 0
+	}
+	jobs = slices.SortedStableFunc(slices.Values(jobs), func(a, b *store.Job) int { return good(a) - good(b) })
+	for _, j := range jobs[:min(len(jobs), maxRows)] {
+		name, took := markdown(j.Name), ""
+		if u := e.targetURL(j.RunID, j.ID); u != "" {
+			name = "[" + name + "](" + u + ")"
+		}
+		if j.StartedAt > 0 && j.FinishedAt > 0 {
+			took = time.Duration((j.FinishedAt - j.StartedAt) * 1000).Round(time.Second).String()
+		}
+		reason, _, _ := strings.Cut(j.Reason, "\n")
+		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", name, strings.ReplaceAll(string(j.State), "_", " "), took, markdown(reason))
+	}
+	if n := len(jobs) - maxRows; n > 0 {
+		fmt.Fprintf(&b, "\nand %d more\n", n)
+	}
+	return strings.TrimPrefix(b.String(), "\n")
+}
+
+// markdown makes text that strangers chose stand for itself.
+func markdown(text string) string {
+	const most = 500
+	text = strings.ToValidUTF8(text[:min(len(text), most)], "")
+	var b strings.Builder
+	for _, c := range text {
+		switch {
+		case c < ' ':
+			c = ' '
+		case strings.ContainsRune("\\`*_{}[]()<>#+-!|~@&$:", c):
+			b.WriteByte('\\')
+		}
+		b.WriteRune(c)
+	}
+	return b.String()
 }
 
 // statusVersion orders the reports for one commit and key, over several runs:

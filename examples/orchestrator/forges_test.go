@@ -48,7 +48,7 @@ func newForgejo(t *testing.T) *forgejo {
 			t.Fatal(err)
 		}
 	}
-	f.args = []string{"--forges", filepath.Join(dir, "forges.yaml")}
+	f.args = []string{"--forges", filepath.Join(dir, "forges.yaml"), "--public-url", publicURL}
 	f.process = start(t, t.TempDir(), f.args...)
 	return f
 }
@@ -121,6 +121,32 @@ func (f *forgejo) eventually(what string, ok func() bool) {
 	}
 }
 
+// publicURL is what statuses link to.
+const publicURL = "https://ci.example.org"
+
+// linked is what is behind a status' link.
+func (f *forgejo) linked(s fake.Status) string {
+	f.t.Helper()
+	path, ok := strings.CutPrefix(s.TargetURL, publicURL)
+	if !ok {
+		f.t.Fatalf("%s links to %q", s.Context, s.TargetURL)
+	}
+	r, err := http.NewRequestWithContext(f.t.Context(), http.MethodGet, "http://"+f.http+path, nil)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		f.t.Fatalf("%s: %s, %v", s.TargetURL, resp.Status, err)
+	}
+	return string(text)
+}
+
 const hello = "jobs: { test: { matrix: { n: [1, 2] }, steps: [{ run: 'cat hello' }] } }\n"
 
 // TestForge: pushes and pull requests at a forge become runs, whose results stand
@@ -164,6 +190,11 @@ func TestForge(t *testing.T) {
 		if !strings.HasPrefix(last.Description, "Succeeded") {
 			t.Errorf("%s: %+v", context, last)
 		}
+	}
+	_, page := f.states(commit, contexts[0])
+	_, log := f.states(commit, contexts[1])
+	if html, text := f.linked(page), f.linked(log); !strings.Contains(html, "test (n 2)") || !strings.Contains(text, "hello, forge\n=== succeeded ===") {
+		t.Errorf("the links lead to %s\nand %s", html, text)
 	}
 	if n := f.server.Faults.Pending(); n > 0 {
 		t.Errorf("%d faults did not happen", n)

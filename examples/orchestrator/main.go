@@ -27,6 +27,7 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice/integration"
 	"github.com/solstice-ci/solstice-go/solstice/logstream/filelog"
 	"github.com/solstice-ci/solstice-go/solstice/orchestrator"
+	"github.com/solstice-ci/solstice-go/solstice/runpages"
 	"github.com/solstice-ci/solstice-go/solstice/telemetry"
 )
 
@@ -59,6 +60,7 @@ type flags struct {
 	ImageCatalogue string         `group:"Pools" name:"catalogue" env:"IMAGE_CATALOGUE" placeholder:"FILE" help:"The catalogue of images, where --pools names none; see docs/images.md."`
 	ImageDir       string         `group:"Pools" env:"IMAGE_DIR" placeholder:"DIR" help:"Directory of downloaded images, which the hypervisor's user has to be able to read. Default: images in the state directory."`
 	Forges         string         `group:"Forges" env:"FORGES" placeholder:"FILE" help:"YAML file of forges whose webhooks start runs, and which are told how those end; see docs/forges.md. Webhooks of NAME come to /webhooks/NAME at --http-addr."`
+	PublicURL      string         `group:"Forges" name:"public-url" env:"PUBLIC_URL" placeholder:"URL" help:"Where people reach --http-addr, such as https://ci.example.org: statuses then link to pages of their runs and to logs. Default: no links."`
 	RepoRoot       string         `group:"Forges" env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of the repositories on this machine that may be run (${default})."`
 	MinFreeMB      int            `group:"State" name:"min-free-mb" env:"MIN_FREE_MB" default:"256" help:"Room in MiB on the disks of the state directory, a SQLite file, the blobs and the machines, below which no runs are accepted and no jobs begun until there is more."`
 	DrainTimeout   time.Duration  `group:"State" env:"DRAIN_TIMEOUT" default:"30s" help:"How long SIGTERM waits for jobs under way, which then go on without this process."`
@@ -159,6 +161,13 @@ func (f *flags) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	var pages *runpages.Pages
+	if f.PublicURL != "" {
+		if pages, err = runpages.Open(ctx, db, runpages.Config{URL: f.PublicURL, Logger: log}); err != nil {
+			return usage("--public-url cannot be used", err, "")
+		}
+		cfg.TargetURL = pages.URL
+	}
 	var hooks *integration.Integration
 	if f.Forges != "" {
 		if hooks, err = f.forgesOfFile(ctx, dir, &cfg, &open); err != nil {
@@ -206,12 +215,12 @@ func (f *flags) run(ctx context.Context) (err error) {
 	}
 	log.InfoContext(ctx, "orchestrator started", "version", daemon.Version(), "state_dir", dir, "grpc_addr", clients.Addr().String(),
 		"http_addr", people.Addr().String(), "agent_addr", eng.AgentAddr(), "runner_addr", guests.Addr().String())
-	return f.serve(ctx, eng, srv, hooks, clients, people, guests, dir)
+	return f.serve(ctx, eng, srv, pages, hooks, clients, people, guests, dir)
 }
 
 // serve ends when ctx does, or when a listener fails. Clients are served while
 // the engine drains.
-func (f *flags) serve(ctx context.Context, eng *solstice.Engine, srv *orchestrator.Server, hooks *integration.Integration, clients, people, guests net.Listener, dir string) error {
+func (f *flags) serve(ctx context.Context, eng *solstice.Engine, srv *orchestrator.Server, pages *runpages.Pages, hooks *integration.Integration, clients, people, guests net.Listener, dir string) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	mux := http.NewServeMux()
@@ -219,6 +228,9 @@ func (f *flags) serve(ctx context.Context, eng *solstice.Engine, srv *orchestrat
 	mux.HandleFunc("GET /readyz", srv.Readyz)
 	mux.Handle("GET /metrics", telemetry.MetricsHandler())
 	webhooks(mux, hooks)
+	if pages != nil {
+		mux.Handle("/runs/", pages.Handler(ctx, eng))
+	}
 	web, runner := daemon.HTTPServer(mux), daemon.HTTPServer(f.Runner.Agents(dir).Handler())
 
 	var servers sync.WaitGroup

@@ -49,7 +49,7 @@ var (
 
 // modelMessages are what a change of a run causes: its status, of which only
 // the last counts, and an announcement of every job that is over.
-func modelMessages(run *store.Run, jobs []*store.Job) []store.OutboxMessage {
+func modelMessages(run *store.Run, jobs, _ []*store.Job) []store.OutboxMessage {
 	out := []store.OutboxMessage{{Key: "run/" + run.ID, Topic: "status", Body: strconv.AppendInt(nil, run.Version, 10), Coalesce: true}}
 	for _, j := range jobs {
 		if j.State.Terminal() {

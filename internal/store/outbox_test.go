@@ -18,7 +18,7 @@ import (
 // outboxRig's runs cause the messages named in their reason: "key:body", with
 // a star after the key where they coalesce.
 func outboxRig(t *testing.T, url string) *rig {
-	return newRig(t, url, func(run *store.Run, _ []*store.Job) []store.OutboxMessage {
+	return newRig(t, url, func(run *store.Run, _, _ []*store.Job) []store.OutboxMessage {
 		var out []store.OutboxMessage
 		for f := range strings.FieldsSeq(run.Reason) {
 			key, body, _ := strings.Cut(f, ":")

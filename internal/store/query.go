@@ -100,11 +100,11 @@ func lockRow(tx bun.IDB, q *bun.SelectQuery) *bun.SelectQuery {
 }
 
 // emit puts what a change causes into the outbox.
-func (s *Store) emit(ctx context.Context, tx bun.Tx, now int64, run *Run, jobs []*Job) error {
+func (s *Store) emit(ctx context.Context, tx bun.Tx, now int64, run *Run, jobs, all []*Job) error {
 	if s.o.Changed == nil {
 		return nil
 	}
-	msgs := s.o.Changed(run, jobs)
+	msgs := s.o.Changed(run, jobs, all)
 	if len(msgs) == 0 {
 		return nil
 	}

@@ -73,7 +73,7 @@ func open(t *testing.T, url string) *bun.DB {
 	return db
 }
 
-func newRig(t *testing.T, url string, changed func(*store.Run, []*store.Job) []store.OutboxMessage) *rig {
+func newRig(t *testing.T, url string, changed func(*store.Run, []*store.Job, []*store.Job) []store.OutboxMessage) *rig {
 	t.Helper()
 	r := &rig{t: t, db: open(t, url)}
 	must(t, store.Migrate(t.Context(), r.db))

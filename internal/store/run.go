@@ -48,7 +48,7 @@ func (s *Store) InsertRun(ctx context.Context, run *Run, jobs []*Job) error {
 				return err
 			}
 		}
-		return s.emit(ctx, tx, now, run, jobs)
+		return s.emit(ctx, tx, now, run, jobs, jobs)
 	})
 	err = sqldb.Settle(ctx, err, settlePatience, func(ctx context.Context) error {
 		_, err := s.Run(ctx, run.ID) // the ID is ours alone
@@ -235,7 +235,7 @@ func (t *RunTx) settle(ctx context.Context) (Change, error) {
 	if !ok {
 		return c, wrongState("run", t.Run.ID, "changed")
 	}
-	return c, t.s.emit(ctx, t.tx, t.Now, t.Run, c.Jobs)
+	return c, t.s.emit(ctx, t.tx, t.Now, t.Run, c.Jobs, t.Jobs)
 }
 
 // summary says what became of the jobs of a run that is over: of those that did not

@@ -350,7 +350,7 @@ func TestCancel(t *testing.T) {
 func TestTransitionsAreAtomic(t *testing.T) {
 	testenv.Databases(t, func(t *testing.T, url string) {
 		calls := 0
-		r := newRig(t, url, func(run *store.Run, jobs []*store.Job) []store.OutboxMessage {
+		r := newRig(t, url, func(run *store.Run, jobs, _ []*store.Job) []store.OutboxMessage {
 			calls++
 			return []store.OutboxMessage{{Key: run.ID, Topic: "t", Body: []byte{0, 1, 0xff, byte(len(jobs))}}}
 		})

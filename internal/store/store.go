@@ -276,8 +276,8 @@ type OutboxMessage struct {
 type Options struct {
 	// Changed, when not nil, is asked inside every transaction that changed a
 	// run or its jobs for the messages this causes; they go to the outbox. It
-	// must only look at its arguments. jobs are those that changed.
-	Changed func(run *Run, jobs []*Job) []OutboxMessage
+	// must only look at its arguments. jobs are those that changed, of all.
+	Changed func(run *Run, jobs, all []*Job) []OutboxMessage
 	// Clock replaces the default one, for tests.
 	Clock Clock
 }
