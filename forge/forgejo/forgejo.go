@@ -57,11 +57,13 @@ type Forge struct {
 }
 
 var (
-	_ forge.Forge        = (*Forge)(nil)
-	_ forge.ChangedPaths = (*Forge)(nil)
-	_ forge.Permissions  = (*Forge)(nil)
-	_ forge.Commenter    = (*Forge)(nil)
-	_ forge.HeadLister   = (*Forge)(nil)
+	_ forge.Forge             = (*Forge)(nil)
+	_ forge.ChangedPaths      = (*Forge)(nil)
+	_ forge.Permissions       = (*Forge)(nil)
+	_ forge.Commenter         = (*Forge)(nil)
+	_ forge.HeadLister        = (*Forge)(nil)
+	_ forge.PullRequestLister = (*Forge)(nil)
+	_ forge.Checker           = (*Forge)(nil)
 )
 
 // What is remembered: object names say what is in them, so nothing gets stale.

@@ -48,6 +48,7 @@ type commit struct {
 }
 
 type pullRequest struct {
+	Number  int    `json:"number"`
 	Title   string `json:"title"`
 	HTMLURL string `json:"html_url"`
 	Draft   bool   `json:"draft"`

@@ -85,12 +85,14 @@ type Forge struct {
 }
 
 var (
-	_ forge.Forge        = (*Forge)(nil)
-	_ forge.ChangedPaths = (*Forge)(nil)
-	_ forge.Permissions  = (*Forge)(nil)
-	_ forge.Merger       = (*Forge)(nil)
-	_ forge.Commenter    = (*Forge)(nil)
-	_ forge.HeadLister   = (*Forge)(nil)
+	_ forge.Forge             = (*Forge)(nil)
+	_ forge.ChangedPaths      = (*Forge)(nil)
+	_ forge.Permissions       = (*Forge)(nil)
+	_ forge.Merger            = (*Forge)(nil)
+	_ forge.Commenter         = (*Forge)(nil)
+	_ forge.HeadLister        = (*Forge)(nil)
+	_ forge.PullRequestLister = (*Forge)(nil)
+	_ forge.Checker           = (*Forge)(nil)
 )
 
 // New checks the configuration; it asks GitHub nothing yet. It wraps

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strconv"
 	"strings"
 
@@ -174,4 +175,47 @@ func cut(s string, n int) string {
 	}
 	const more = "…"
 	return strings.ToValidUTF8(s[:n-len(more)], "") + more
+}
+
+// PullRequests implements forge.PullRequestLister.
+func (f *Forge) PullRequests(ctx context.Context, r forge.Repo, limit int) ([]forge.PullRequest, error) {
+	if limit < 0 {
+		return nil, fmt.Errorf("%w: limit %d", forge.ErrInvalid, limit)
+	}
+	repo, err := f.open(ctx, r)
+	if err != nil || limit == 0 {
+		return nil, err
+	}
+	var all []forge.PullRequest
+	seen := map[int]bool{} // what changes meanwhile moves the others to the next page
+	size := min(limit, perPage)
+	err = pages(func(o gh.ListOptions) (*gh.Response, error) {
+		// Not by the library's method, whose pull requests are not those of webhooks.
+		req, err := repo.NewRequest(ctx, http.MethodGet, fmt.Sprintf(
+			"repos/%s/%s/pulls?state=open&sort=updated&direction=desc&per_page=%d&page=%d", repo.owner, repo.name, size, max(o.Page, 1)), nil)
+		if err != nil {
+			return nil, err
+		}
+		var found []pullPayload
+		resp, err := repo.Do(req, &found)
+		if err != nil {
+			return nil, err
+		}
+		for i := range found {
+			e := forge.Event{Kind: forge.KindPullRequest, Action: "opened", Repo: r}
+			if base := found[i].Base.Repo; base != nil {
+				e.Repo.ID = hook.ID(base.ID)
+			}
+			// What a webhook would be refused for is left out.
+			if err := found[i].event(&e); err == nil && e.Validate() == nil && !seen[found[i].Number] && len(all) < limit {
+				seen[found[i].Number] = true
+				all = append(all, *e.PullRequest)
+			}
+		}
+		if len(all) == limit {
+			resp.NextPage = 0
+		}
+		return resp, nil
+	})
+	return all, fail(ctx, err, "list the pull requests of %s", r.FullName())
 }

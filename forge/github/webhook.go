@@ -236,10 +236,14 @@ func (p *payload) pullRequest(e *forge.Event) error {
 	default:
 		return hook.Ignored("nothing follows from a pull request that was %.80q", p.Action)
 	}
-	pr := p.PullRequest
-	if pr == nil {
+	if p.PullRequest == nil {
 		return hook.Invalid("a pull_request event without a pull request")
 	}
+	return p.PullRequest.event(e)
+}
+
+// event fills what an event has of a pull request.
+func (pr *pullPayload) event(e *forge.Event) error {
 	head, err := pr.Head.Repo.repo()
 	if err != nil {
 		return err
