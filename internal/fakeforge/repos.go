@@ -143,6 +143,11 @@ func (r *Repos) Commit(ctx context.Context, name, ref string, files map[string]F
 
 // Resolve gives the name of the object that a revision names.
 func (r *Repos) Resolve(ctx context.Context, name, rev string) (string, error) {
+	if strings.HasPrefix(rev, "refs/heads/") && gitcmd.CheckRef(rev) == nil {
+		if tip, err := r.tip(name, rev); err == nil { // without starting git
+			return tip, nil
+		}
+	}
 	out, err := r.Git(ctx, name, "", "rev-parse", "-q", "--verify", "--end-of-options", rev)
 	return strings.TrimSpace(out), err
 }

@@ -23,9 +23,12 @@ func (s *Server) authenticate(c *call) error {
 	}
 	path := strings.TrimPrefix(c.URL.Path, API)
 	if path == "/app" || strings.HasPrefix(path, "/app/") || strings.HasSuffix(path, "/installation") {
-		return checkJWT(text)
+		return s.checkJWT(text)
 	}
 	if text == Token {
+		if s.Setup.Expired {
+			return unauthorized
+		}
 		c.user = User{1, "robot"}
 		return nil
 	}
@@ -63,7 +66,7 @@ func (s *Server) mayRead(token, repo string) bool {
 
 // checkJWT: RS256, from the App, for ten minutes at most. See
 // https://docs.github.com/apps/creating-github-apps/authenticating-with-a-github-app/generating-a-json-web-token-jwt-for-a-github-app
-func checkJWT(text string) error {
+func (s *Server) checkJWT(text string) error {
 	bad := problem{http.StatusUnauthorized, "A JSON web token could not be decoded"}
 	key, err := appKey()
 	parts := strings.Split(text, ".")
@@ -83,7 +86,7 @@ func checkJWT(text string) error {
 	if err != nil || json.Unmarshal(raw, &claims) != nil {
 		return bad
 	}
-	now := time.Now().Unix()
+	now := time.Now().Add(s.Setup.Ahead).Unix()
 	if claims.Iss != strconv.Itoa(AppID) || claims.Exp < now || claims.Exp > now+600 || claims.Iat > now+60 {
 		return bad
 	}
@@ -98,7 +101,7 @@ func (s *Server) getInstallation(c call) (int, any, error) {
 		s.nextID++
 		s.installs[owner] = s.nextID
 	}
-	return http.StatusOK, map[string]any{"id": s.installs[owner], "app_id": AppID, "suspended_at": nil}, nil
+	return http.StatusOK, s.installation(owner), nil
 }
 
 func (s *Server) postToken(c call) (int, any, error) {

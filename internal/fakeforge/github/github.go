@@ -52,6 +52,8 @@ type Server struct {
 	MaxFiles, MaxTree int
 	// StaleMerges: a merge commit stays that of an older head.
 	StaleMerges bool
+	// Setup is what people set up; New makes everything right.
+	Setup Setup
 	// Observe, when not nil, sees each request to the API with a body, which was
 	// carried out.
 	Observe func(method, pattern string, body []byte)
@@ -150,6 +152,9 @@ type Pull struct {
 	Number     int
 	State      string // open, closed
 	Head, Base string // branches
+	Fork       string // the head's repository; empty: the base's
+	Draft      bool
+	Author     User
 
 	tried string // the head and base that the merge commit below is of
 	merge string // empty: they have conflicts
@@ -164,7 +169,7 @@ func New(ctx context.Context, dir string) (*Server, error) {
 	return &Server{
 		Repos: repos, users: map[int64]string{1: "robot", BotID: bot}, permissions: map[string]map[string]string{},
 		tokens: map[string]*grant{}, installs: map[string]int64{}, statuses: map[string][]Status{}, comments: map[string][]*Comment{},
-		pulls: map[string]*Pull{}, renamed: map[string]string{}, nextID: 100,
+		pulls: map[string]*Pull{}, renamed: map[string]string{}, nextID: 100, Setup: goodSetup(),
 	}, nil
 }
 
@@ -293,8 +298,15 @@ func (s *Server) OpenPull(repo, head, base string) int {
 	defer s.mu.Unlock()
 	s.nextID++
 	number := int(s.nextID)
-	s.pulls[key(repo, number)] = &Pull{Number: number, State: "open", Head: head, Base: base}
+	s.pulls[key(repo, number)] = &Pull{Number: number, State: "open", Head: head, Base: base, Author: User{1, "robot"}}
 	return number
+}
+
+// ChangePull changes one.
+func (s *Server) ChangePull(repo string, number int, change func(*Pull)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change(s.pulls[key(repo, number)])
 }
 
 // ClosePull closes one.
@@ -348,9 +360,11 @@ func (s *Server) Handler() http.Handler {
 		})
 	}
 	for pattern, h := range map[string]func(c call) (int, any, error){
-		"GET /app": func(call) (int, any, error) {
-			return http.StatusOK, map[string]any{"id": AppID, "slug": strings.TrimSuffix(bot, "[bot]")}, nil
-		},
+		"GET /app":                                                   s.getApp,
+		"GET /app/hook/config":                                       s.getAppHook,
+		"GET /app/hook/deliveries":                                   s.getDeliveries,
+		"GET /repos/{owner}/{repo}/hooks":                            s.getHooks,
+		"GET /repos/{owner}/{repo}/pulls":                            s.getPulls,
 		"POST /app/installations/{id}/access_tokens":                 s.postToken,
 		"GET /repos/{owner}/{repo}/installation":                     s.getInstallation,
 		"GET /user":                                                  func(c call) (int, any, error) { return http.StatusOK, c.user, nil },
@@ -426,6 +440,7 @@ func (s *Server) answer(w http.ResponseWriter, c call, pattern string, h func(c 
 			code, text = http.StatusInternalServerError, nil
 		}
 	}
+	s.Setup.header(w.Header(), c.Request)
 	w.Header().Set("X-RateLimit-Limit", "5000")
 	w.Header().Set("X-RateLimit-Remaining", "4999")
 	w.Header().Set("X-RateLimit-Reset", strconv.FormatInt(time.Now().Add(time.Hour).Unix(), 10))

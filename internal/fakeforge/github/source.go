@@ -28,7 +28,9 @@ func Repository(base, repo string) map[string]any {
 }
 
 func (s *Server) getRepo(c call) (int, any, error) {
-	return http.StatusOK, Repository("http://"+c.Host, c.repo), nil
+	r := Repository("http://"+c.Host, c.repo)
+	r["permissions"] = s.Setup.Role
+	return http.StatusOK, r, nil
 }
 
 // object is the object that the path names, which has to be of a type.
@@ -224,7 +226,7 @@ func (s *Server) getPull(c call) (int, any, error) {
 	if p == nil {
 		return 0, nil, notFound
 	}
-	head, err := s.Repos.Resolve(c.Context(), c.repo, "refs/heads/"+p.Head)
+	head, err := s.head(c.Context(), c.repo, p)
 	if err != nil {
 		return 0, nil, err
 	}
