@@ -30,6 +30,14 @@ func (f *Forge) Check(ctx context.Context, o forge.CheckOptions) ([]forge.Findin
 }
 
 func (f *Forge) check(ctx context.Context, o forge.CheckOptions, l *checkup.List) {
+	_, ends, err := f.token(ctx)
+	if err != nil {
+		l.Fail("see where the token comes from", "there is no token: %v", err)
+		return
+	}
+	if !ends.IsZero() {
+		l.Ends("the token", ends, time.Now())
+	}
 	var about struct {
 		Version string `json:"version"`
 	}
@@ -37,7 +45,7 @@ func (f *Forge) check(ctx context.Context, o forge.CheckOptions, l *checkup.List
 	switch {
 	case l.Down(f.api.Base(), err):
 		return
-	case errors.Is(err, forge.ErrNotFound):
+	case errors.Is(err, forge.ErrNotFound), err != nil && rest.Status(err) == 0: // or it leads elsewhere
 		l.Fail("correct the base URL: it is what people open", "there is no Forgejo or Gitea at %s: %v", f.api.Base(), err)
 		return
 	case err != nil: // it may be told to known users only
@@ -59,9 +67,6 @@ func (f *Forge) check(ctx context.Context, o forge.CheckOptions, l *checkup.List
 		return
 	default:
 		l.Fine("the token is one of the user %s", hook.Line(me.Login))
-	}
-	if _, ends, err := f.token(ctx); err == nil && !ends.IsZero() {
-		l.Ends("the token", ends, time.Now())
 	}
 	l.Unseen("", "whether the token may write (write:repository, write:issue) is seen only by writing")
 	hooks := l.WebhookURL(o.WebhookURL)

@@ -20,6 +20,10 @@ import (
 	fakerig "github.com/solstice-ci/solstice-go/internal/fakeforge/rig"
 )
 
+func want(level forge.Level, says ...string) fakerig.Setup {
+	return fakerig.Setup{Level: level, Says: says}
+}
+
 const (
 	fine = forge.LevelNotice
 	warn = forge.LevelWarning
@@ -27,7 +31,6 @@ const (
 )
 
 func TestCheck(t *testing.T) {
-	type setup = fakerig.Setup
 	fault := func(f fakeforge.Fault) func(*fake.Server) { return func(s *fake.Server) { s.Faults.Add(f) } }
 	hook := func(change func(hook map[string]any, config map[string]string)) func(*fake.Server) {
 		return func(s *fake.Server) {
@@ -38,74 +41,74 @@ func TestCheck(t *testing.T) {
 	limit := fakeforge.Fault{Status: 429, Header: map[string]string{"Retry-After": "7"}}
 	both := map[string]struct {
 		change func(*fake.Server)
-		want   setup
+		want   fakerig.Setup
 	}{
-		"all is well":      {nil, setup{fine, []string{"sends what is needed"}}},
-		"down":             {fault(fakeforge.Fault{Status: 502}), setup{bad, []string{"cannot be asked", "see that this machine reaches it"}}},
-		"a limit":          {fault(limit), setup{bad, []string{"try again in 7s"}}},
-		"elsewhere":        {fault(fakeforge.Fault{Redirect: "http://127.0.0.1:1/"}), setup{bad, []string{"cannot be asked"}}},
-		"another API":      {fault(fakeforge.Fault{Status: 404}), setup{bad, []string{"there is no "}}},
-		"a hook with form": {hook(func(_ map[string]any, c map[string]string) { c["content_type"] = "form" }), setup{bad, []string{"application/json"}}},
-		"without a secret": {hook(func(_ map[string]any, c map[string]string) { delete(c, "secret") }), setup{bad, []string{"no secret"}}},
-		"any certificate":  {hook(func(_ map[string]any, c map[string]string) { c["insecure_ssl"] = "1" }), setup{warn, []string{"certificate"}}},
+		"all is well":      {nil, want(fine, "sends what is needed")},
+		"down":             {fault(fakeforge.Fault{Status: 502}), want(bad, "cannot be asked", "see that this machine reaches it")},
+		"a limit":          {fault(limit), want(bad, "try again in 7s")},
+		"elsewhere":        {fault(fakeforge.Fault{Redirect: "http://127.0.0.1:1/"}), want(bad, "cannot be asked")},
+		"another API":      {fault(fakeforge.Fault{Status: 404}), want(bad, "there is no ")},
+		"a hook with form": {hook(func(_ map[string]any, c map[string]string) { c["content_type"] = "form" }), want(bad, "application/json")},
+		"without a secret": {hook(func(_ map[string]any, c map[string]string) { delete(c, "secret") }), want(bad, "no secret")},
+		"any certificate":  {hook(func(_ map[string]any, c map[string]string) { c["insecure_ssl"] = "1" }), want(warn, "certificate")},
 	}
 	app := map[string]struct {
 		change func(*fake.Server)
-		want   setup
+		want   fakerig.Setup
 	}{
-		"a clock behind":  {func(s *fake.Server) { s.Setup.Ahead = time.Hour }, setup{bad, []string{"a time that is wrong", "set the clock"}}},
-		"a clock ahead":   {func(s *fake.Server) { s.Setup.Ahead = -time.Hour }, setup{bad, []string{"a time that is wrong"}}},
-		"a clock a bit":   {func(s *fake.Server) { s.Setup.Ahead = -40 * time.Second }, setup{warn, []string{"ahead of"}}},
-		"another key":     {fault(fakeforge.Fault{Status: 401, Path: "/app"}), setup{bad, []string{"private key of App 4711"}}},
-		"a permission":    {func(s *fake.Server) { s.Setup.Permissions["checks"] = "read" }, setup{bad, []string{"lacks the permissions Checks: write", "team/settings/apps/solstice-fake/permissions"}}},
-		"not accepted":    {func(s *fake.Server) { s.Setup.Accepted = map[string]string{"checks": "write"} }, setup{bad, []string{"the installation for team/repo lacks", "Contents: read", "accept"}}},
-		"no comments":     {func(s *fake.Server) { s.Setup.Permissions["pull_requests"] = "read" }, setup{fine, []string{"write no comments"}}},
-		"an event":        {func(s *fake.Server) { s.Setup.Events = s.Setup.Events[1:] }, setup{bad, []string{"events check_run"}}},
-		"no hook":         {func(s *fake.Server) { s.Setup.Hook = nil }, setup{bad, []string{"no webhook"}}},
-		"hook to another": {func(s *fake.Server) { s.Setup.Hook["url"] = "https://old.example.org/?hunter2" }, setup{bad, []string{"goes to https://old.example.org/ instead"}}},
+		"a clock behind":  {func(s *fake.Server) { s.Setup.Ahead = time.Hour }, want(bad, "a time that is wrong", "set the clock")},
+		"a clock ahead":   {func(s *fake.Server) { s.Setup.Ahead = -time.Hour }, want(bad, "a time that is wrong")},
+		"a clock a bit":   {func(s *fake.Server) { s.Setup.Ahead = -40 * time.Second }, want(warn, "ahead of")},
+		"another key":     {fault(fakeforge.Fault{Status: 401, Path: "/app"}), want(bad, "private key of App 4711")},
+		"a permission":    {func(s *fake.Server) { s.Setup.Permissions["checks"] = "read" }, want(bad, "lacks the permissions Checks: write", "team/settings/apps/solstice-fake/permissions")},
+		"not accepted":    {func(s *fake.Server) { s.Setup.Accepted = map[string]string{"checks": "write"} }, want(bad, "the installation for team/repo lacks", "Contents: read", "accept")},
+		"no comments":     {func(s *fake.Server) { s.Setup.Permissions["pull_requests"] = "read" }, want(fine, "write no comments")},
+		"an event":        {func(s *fake.Server) { s.Setup.Events = s.Setup.Events[1:] }, want(bad, "events check_run")},
+		"no hook":         {func(s *fake.Server) { s.Setup.Hook = nil }, want(bad, "no webhook")},
+		"hook to another": {func(s *fake.Server) { s.Setup.Hook["url"] = "https://old.example.org/?hunter2" }, want(bad, "goes to https://old.example.org/ instead")},
 		"failures": {func(s *fake.Server) {
 			s.Setup.Deliveries = []map[string]any{fake.Delivery(3, "push", "OK", 200), fake.Delivery(2, "push", "timed out", 0), fake.Delivery(3, "push", "Bad Gateway", 502)}
-		}, setup{warn, []string{"1 of 2 events", "push at 2026-01-02 03:04:05 UTC: 0 timed out", "deliver it again"}}},
-		"silence":          {func(s *fake.Server) { s.Setup.Deliveries = nil }, setup{fine, []string{"has sent nothing"}}},
-		"unseen":           {fault(fakeforge.Fault{Status: 403, Path: "/app/hook/config"}), setup{fine, []string{"cannot be seen"}}},
-		"unseen too":       {fault(fakeforge.Fault{Status: 403, Path: "/app/hook/deliveries"}), setup{fine, []string{"cannot be seen"}}},
-		"down in between":  {fault(fakeforge.Fault{Status: 502, Path: "/app/hook/deliveries"}), setup{bad, []string{"cannot be asked"}}},
-		"suspended":        {func(s *fake.Server) { s.Setup.Suspended = true }, setup{bad, []string{"suspended"}}},
-		"not installed":    {fault(fakeforge.Fault{Status: 404, Path: "/installation"}), setup{bad, []string{"not installed for team/repo", "/apps/solstice-fake/installations/new"}}},
-		"down at the repo": {fault(fakeforge.Fault{Status: 503, Path: "/installation"}), setup{bad, []string{"cannot be asked"}}},
+		}, want(warn, "1 of 2 events", "push at 2026-01-02 03:04:05 UTC: 0 timed out", "deliver it again")},
+		"silence":          {func(s *fake.Server) { s.Setup.Deliveries = nil }, want(fine, "has sent nothing")},
+		"unseen":           {fault(fakeforge.Fault{Status: 403, Path: "/app/hook/config"}), want(fine, "cannot be seen")},
+		"unseen too":       {fault(fakeforge.Fault{Status: 403, Path: "/app/hook/deliveries"}), want(fine, "cannot be seen")},
+		"down in between":  {fault(fakeforge.Fault{Status: 502, Path: "/app/hook/deliveries"}), want(bad, "cannot be asked")},
+		"suspended":        {func(s *fake.Server) { s.Setup.Suspended = true }, want(bad, "suspended")},
+		"not installed":    {fault(fakeforge.Fault{Status: 404, Path: "/installation"}), want(bad, "not installed for team/repo", "/apps/solstice-fake/installations/new")},
+		"down at the repo": {fault(fakeforge.Fault{Status: 503, Path: "/installation"}), want(bad, "cannot be asked")},
 	}
 	token := map[string]struct {
 		change func(*fake.Server)
-		want   setup
+		want   fakerig.Setup
 	}{
-		"expired":         {func(s *fake.Server) { s.Setup.Expired = true }, setup{bad, []string{"expired", "make a token"}}},
-		"ends":            {func(s *fake.Server) { s.Setup.Ends = time.Now().AddDate(1, 0, 0) }, setup{fine, []string{"the token ends at"}}},
-		"ends soon":       {func(s *fake.Server) { s.Setup.Ends = time.Now().Add(time.Hour) }, setup{warn, []string{"the token ends at"}}},
-		"a scope":         {func(s *fake.Server) { s.Setup.Scopes = []string{"gist"} }, setup{bad, []string{"not repo"}}},
-		"public":          {func(s *fake.Server) { s.Setup.Scopes = []string{"public_repo", "repo:status"} }, setup{fine, []string{"for public repositories"}}},
-		"fine-grained":    {func(s *fake.Server) { s.Setup.Scopes = nil }, setup{fine, []string{"is not told"}}},
-		"of an App":       {fault(fakeforge.Fault{Status: 403, Path: "/user"}), setup{fine, []string{"as of one of an App"}}},
-		"a role":          {func(s *fake.Server) { s.Setup.Role = map[string]bool{"pull": true} }, setup{bad, []string{"may not write to team/repo"}}},
-		"not to be seen":  {fault(fakeforge.Fault{Status: 404, Path: "/repos/team/repo"}), setup{bad, []string{"cannot be read"}}},
-		"hooks hidden":    {func(s *fake.Server) { s.Setup.HooksHidden = true }, setup{fine, []string{"cannot be seen"}}},
-		"no hook":         {func(s *fake.Server) { s.Setup.Hooks = nil }, setup{warn, []string{"no webhook of team/repo", "organisation"}}},
-		"hook to another": {func(s *fake.Server) { s.Setup.Hooks[0]["config"].(map[string]string)["url"] += "x" }, setup{warn, []string{"but there is one to"}}},
-		"inactive":        {hook(func(h map[string]any, _ map[string]string) { h["active"] = false }), setup{bad, []string{"not active"}}},
-		"an event":        {hook(func(h map[string]any, _ map[string]string) { h["events"] = []string{"push"} }), setup{bad, []string{"events pull_request"}}},
-		"all events":      {hook(func(h map[string]any, _ map[string]string) { h["events"] = []string{"*"} }), setup{fine, nil}},
+		"expired":         {func(s *fake.Server) { s.Setup.Expired = true }, want(bad, "expired", "make a token")},
+		"ends":            {func(s *fake.Server) { s.Setup.Ends = time.Now().AddDate(1, 0, 0) }, want(fine, "the token ends at")},
+		"ends soon":       {func(s *fake.Server) { s.Setup.Ends = time.Now().Add(time.Hour) }, want(warn, "the token ends at")},
+		"a scope":         {func(s *fake.Server) { s.Setup.Scopes = []string{"gist"} }, want(bad, "not repo")},
+		"public":          {func(s *fake.Server) { s.Setup.Scopes = []string{"public_repo", "repo:status"} }, want(fine, "for public repositories")},
+		"fine-grained":    {func(s *fake.Server) { s.Setup.Scopes = nil }, want(fine, "is not told")},
+		"of an App":       {fault(fakeforge.Fault{Status: 403, Path: "/user"}), want(fine, "as of one of an App")},
+		"a role":          {func(s *fake.Server) { s.Setup.Role = map[string]bool{"pull": true} }, want(bad, "may not write to team/repo")},
+		"not to be seen":  {fault(fakeforge.Fault{Status: 404, Path: "/repos/team/repo"}), want(bad, "cannot be read")},
+		"hooks hidden":    {func(s *fake.Server) { s.Setup.HooksHidden = true }, want(fine, "cannot be seen")},
+		"no hook":         {func(s *fake.Server) { s.Setup.Hooks = nil }, want(warn, "no webhook of team/repo", "organisation")},
+		"hook to another": {func(s *fake.Server) { s.Setup.Hooks[0]["config"].(map[string]string)["url"] += "x" }, want(warn, "but there is one to")},
+		"inactive":        {hook(func(h map[string]any, _ map[string]string) { h["active"] = false }), want(bad, "not active")},
+		"an event":        {hook(func(h map[string]any, _ map[string]string) { h["events"] = []string{"push"} }), want(bad, "events pull_request")},
+		"all events":      {hook(func(h map[string]any, _ map[string]string) { h["events"] = []string{"*"} }), want(fine)},
 		"a failure": {hook(func(h map[string]any, _ map[string]string) {
 			h["last_response"] = map[string]any{"code": 502, "message": "Bad Gateway"}
-		}), setup{warn, []string{"502 Bad Gateway"}}},
+		}), want(warn, "502 Bad Gateway")},
 		"never": {hook(func(h map[string]any, _ map[string]string) {
 			h["last_response"] = map[string]any{"code": nil, "status": "unused", "message": nil}
-		}), setup{fine, nil}},
-		"down at the repo": {fault(fakeforge.Fault{Status: 503, Path: "/repos/"}), setup{bad, []string{"cannot be asked"}}},
+		}), want(fine)},
+		"down at the repo": {fault(fakeforge.Fault{Status: 503, Path: "/repos/"}), want(bad, "cannot be asked")},
 	}
 	maps.Copy(app, both)
 	maps.Copy(token, both)
 	for kind, table := range map[bool]map[string]struct {
 		change func(*fake.Server)
-		want   setup
+		want   fakerig.Setup
 	}{true: app, false: token} {
 		for name, tc := range table {
 			t.Run(map[bool]string{true: "app/", false: "token/"}[kind]+name, func(t *testing.T) {

@@ -30,6 +30,14 @@ func (f *Forge) Check(ctx context.Context, o forge.CheckOptions) ([]forge.Findin
 }
 
 func (f *Forge) check(ctx context.Context, o forge.CheckOptions, l *checkup.List) {
+	_, ends, err := f.token(ctx)
+	if err != nil {
+		l.Fail("see where the token comes from", "there is no token: %v", err)
+		return
+	}
+	if !ends.IsZero() {
+		l.Ends("the token", ends, time.Now())
+	}
 	const token = "make an access token of the project or the group, with the role Developer and the scope api"
 	var me struct {
 		user
@@ -40,7 +48,7 @@ func (f *Forge) check(ctx context.Context, o forge.CheckOptions, l *checkup.List
 	switch {
 	case l.Down(f.api.Base(), err):
 		return
-	case errors.Is(err, forge.ErrNotFound):
+	case errors.Is(err, forge.ErrNotFound), err != nil && rest.Status(err) == 0: // or it leads elsewhere
 		l.Fail("correct the base URL: it is what people open", "there is no GitLab at %s: %v", f.api.Base(), err)
 		return
 	case rest.Status(err) == 403:
@@ -79,9 +87,6 @@ func (f *Forge) checkToken(ctx context.Context, l *checkup.List) (up bool) {
 	err := f.get(ctx, &self, nil, "personal_access_tokens", "self")
 	if l.Down(f.api.Base(), err) {
 		return false
-	}
-	if _, ends, err := f.token(ctx); err == nil && !ends.IsZero() {
-		l.Ends("the token", ends, time.Now())
 	}
 	switch {
 	case err != nil:

@@ -27,6 +27,8 @@ type Server struct {
 	Faults  fakeforge.Faults
 	Token   string // the one that is accepted; its user is "bot", 1
 	Version string // "1.25.0" is Gitea, "12.0.0+gitea-1.22.0" Forgejo
+	// Setup is what people set up; New makes everything right.
+	Setup Setup
 	// PageSize bounds pages of lists and trees; 0: 50 and 1,000, as by default.
 	PageSize int
 
@@ -36,7 +38,7 @@ type Server struct {
 	statuses    map[string][]Status          // by "owner/name@sha", in order
 	comments    map[string][]*Comment        // by "owner/name#number"
 	renamed     map[string]string
-	pulls       map[string]int // how many, by repository
+	pulls       map[string][]*Pull // by repository, in order
 	nextID      int64
 }
 
@@ -71,7 +73,7 @@ func New(ctx context.Context, dir string) (*Server, error) {
 	return &Server{
 		Repos: repos, Token: "0123456789abcdef0123456789abcdef01234567", Version: "1.25.0",
 		users: map[int64]string{1: "bot"}, permissions: map[string]map[string]string{}, statuses: map[string][]Status{},
-		comments: map[string][]*Comment{}, renamed: map[string]string{}, pulls: map[string]int{}, nextID: 100,
+		comments: map[string][]*Comment{}, renamed: map[string]string{}, pulls: map[string][]*Pull{}, nextID: 100, Setup: goodSetup(),
 	}, nil
 }
 
@@ -106,21 +108,10 @@ func (s *Server) Statuses(repo, commit string) []Status {
 	return slices.Clone(s.statuses[repo+"@"+commit])
 }
 
-// OpenPull opens a pull request for a commit that is in the repository, and gives
-// its number.
-func (s *Server) OpenPull(ctx context.Context, repo, head string) (int, error) {
-	s.mu.Lock()
-	s.pulls[repo]++
-	number := s.pulls[repo]
-	s.mu.Unlock()
-	_, err := s.Repos.Git(ctx, repo, "", "update-ref", fmt.Sprintf("refs/pull/%d/head", number), head)
-	return number, err
-}
-
 // issue checks that a pull request exists.
 func (s *Server) issue(r *http.Request, repo string) (key string, err error) {
 	n, _ := strconv.Atoi(r.PathValue("number"))
-	if n < 1 || n > s.pulls[repo] {
+	if n < 1 || n > len(s.pulls[repo]) {
 		return "", notFound
 	}
 	return repo + "#" + strconv.Itoa(n), nil
@@ -189,10 +180,13 @@ func (s *Server) Handler() http.Handler {
 		return http.StatusOK, map[string]string{"version": s.Version}, nil
 	})
 	plain("GET /user", func(*http.Request, string) (int, any, error) {
-		return http.StatusOK, s.user(1), nil
+		return http.StatusOK, s.user(1), s.scope("read:user")
 	})
 	plain("GET /users/search", s.searchUsers)
 	repo("GET ", s.getRepo)
+	repo("GET /hooks", s.getHooks)
+	repo("GET /pulls", s.getPulls)
+	repo("GET /issues", s.getIssues)
 	repo("GET /git/commits/{sha}", s.getCommit)
 	repo("GET /git/trees/{sha}", s.getTree)
 	repo("GET /git/blobs/{sha}", s.getBlob)
@@ -226,7 +220,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, repo string, h h
 	var body any
 	var err error
 	switch {
-	case r.URL.Path != "/api/v1/version" && (token != s.Token || !strings.EqualFold(kind, "token") && !strings.EqualFold(kind, "bearer")):
+	case r.URL.Path != "/api/v1/version" && (s.Setup.Deleted || token != s.Token || !strings.EqualFold(kind, "token") && !strings.EqualFold(kind, "bearer")):
 		err = problem{http.StatusUnauthorized, "token is required"}
 	case repo != "":
 		if _, err = s.Repos.Dir(repo); err != nil {
@@ -285,7 +279,9 @@ func repoID(repo string) (id int64) {
 func base(r *http.Request) string { return "http://" + r.Host }
 
 func (s *Server) getRepo(r *http.Request, repo string) (int, any, error) {
-	return http.StatusOK, s.Repository(base(r), repo), nil
+	found := s.Repository(base(r), repo)
+	found["permissions"] = s.Setup.Role
+	return http.StatusOK, found, s.scope("read:repository")
 }
 
 // getCommit takes names of refs as well, and peels tags.
@@ -514,12 +510,17 @@ func (s *Server) Push(ctx context.Context, base, repo, ref, before, after string
 func (s *Server) PullRequest(base, action, repo string, number int, headRepo, headRef, head, baseCommit string, author int64) ([]byte, error) {
 	return json.MarshalIndent(map[string]any{
 		"action": action, "number": number,
-		"pull_request": map[string]any{
-			"id": 1000 + number, "number": number, "user": s.user(author), "title": "a pull request", "state": "open",
-			"html_url": fmt.Sprintf("%s/%s/pulls/%d", base, repo, number),
-			"base":     map[string]any{"label": "main", "ref": "main", "sha": baseCommit, "repo_id": repoID(repo), "repo": s.Repository(base, repo)},
-			"head":     map[string]any{"label": headRef, "ref": headRef, "sha": head, "repo_id": repoID(headRepo), "repo": s.Repository(base, headRepo)},
-		},
-		"repository": s.Repository(base, repo), "sender": s.user(author),
+		"pull_request": s.pull(base, repo, number, headRepo, headRef, head, baseCommit, author),
+		"repository":   s.Repository(base, repo), "sender": s.user(author),
 	}, "", "  ")
+}
+
+// pull is a pull request as the API and webhooks have it (services/convert/pull.go).
+func (s *Server) pull(base, repo string, number int, headRepo, headRef, head, baseCommit string, author int64) map[string]any {
+	return map[string]any{
+		"id": 1000 + number, "number": number, "user": s.user(author), "title": "a pull request", "state": "open",
+		"html_url": fmt.Sprintf("%s/%s/pulls/%d", base, repo, number),
+		"base":     map[string]any{"label": "main", "ref": "main", "sha": baseCommit, "repo_id": repoID(repo), "repo": s.Repository(base, repo)},
+		"head":     map[string]any{"label": headRef, "ref": headRef, "sha": head, "repo_id": repoID(headRepo), "repo": s.Repository(base, headRepo)},
+	}
 }

@@ -34,6 +34,8 @@ type Server struct {
 	Strict bool
 	// Checking: whether merge requests can be merged is not known yet.
 	Checking bool
+	// Setup is what people set up; New makes everything right.
+	Setup Setup
 	// PageSize bounds pages; 0: 100, as by default.
 	PageSize int
 	// MaxDiffs is how many files a comparison has at most; 0: 1,000, as by default.
@@ -73,7 +75,12 @@ type Note struct {
 	Author User   `json:"author"`
 }
 
-type request struct{ head, target string }
+// request is a merge request; source is the project of its head.
+type request struct {
+	head, target, source, branch string
+	author                       int64
+	draft, closed                bool
+}
 
 // New makes a forge with the user bot and its token.
 func New(ctx context.Context, dir string) (*Server, error) {
@@ -83,7 +90,7 @@ func New(ctx context.Context, dir string) (*Server, error) {
 	}
 	return &Server{
 		Repos: repos, Token: "glpat-0123456789abcdefghij", users: map[int64]string{1: "bot"}, levels: map[string]map[int64]int{},
-		statuses: map[string][]*Status{}, notes: map[string][]*Note{}, requests: map[string][]*request{}, nextID: 100,
+		statuses: map[string][]*Status{}, notes: map[string][]*Note{}, requests: map[string][]*request{}, nextID: 100, Setup: goodSetup(),
 	}, nil
 }
 
@@ -139,7 +146,7 @@ func (s *Server) note(key string, by User, body string) *Note {
 // project's repository, and gives its number.
 func (s *Server) OpenRequest(ctx context.Context, project, head, target string) (int, error) {
 	s.mu.Lock()
-	s.requests[project] = append(s.requests[project], &request{head, target})
+	s.requests[project] = append(s.requests[project], &request{head: head, target: target, source: project, branch: "topic", author: 1})
 	number := len(s.requests[project])
 	s.mu.Unlock()
 	_, err := s.Repos.Git(ctx, project, "", "update-ref", fmt.Sprintf("refs/merge-requests/%d/head", number), head)
@@ -169,11 +176,13 @@ func (s *Server) Handler() http.Handler {
 		api.HandleFunc(method+" /api/v4"+path, func(w http.ResponseWriter, r *http.Request) { s.answer(w, r, h) })
 	}
 	handle("GET /user", func(http.ResponseWriter, *http.Request, string) (int, any, error) {
-		return http.StatusOK, s.user(1), nil
+		u := s.user(1)
+		return http.StatusOK, map[string]any{"id": u.ID, "username": u.Username, "is_admin": s.Setup.Admin}, nil
 	})
+	handle("GET /personal_access_tokens/self", s.getSelf)
 	const project, request = "/projects/{project}", "/projects/{project}/merge_requests/{iid}"
 	handle("GET "+project, func(_ http.ResponseWriter, r *http.Request, p string) (int, any, error) {
-		return http.StatusOK, s.Project("http://"+r.Host, p), nil
+		return http.StatusOK, s.listed("http://"+r.Host, p), nil
 	})
 	handle("GET "+project+"/repository/commits/{sha}", s.getCommit)
 	handle("GET "+project+"/repository/commits/{sha}/statuses", s.getStatuses)
@@ -187,6 +196,8 @@ func (s *Server) Handler() http.Handler {
 	handle("GET "+project+"/repository/compare", s.compare)
 	handle("POST "+project+"/statuses/{sha}", s.postStatus)
 	handle("GET "+project+"/members/all/{user}", s.getMember)
+	handle("GET "+project+"/hooks", s.getHooks)
+	handle("GET "+project+"/merge_requests", s.getRequests)
 	handle("GET "+request, s.getRequest)
 	handle("GET "+request+"/merge_ref", s.getMergeRef)
 	handle("GET "+request+"/notes", s.getNotes)
@@ -207,11 +218,11 @@ func (s *Server) Handler() http.Handler {
 }
 
 func (s *Server) answer(w http.ResponseWriter, r *http.Request, h handler) {
-	project := r.PathValue("project")
+	project := s.named(r.PathValue("project"))
 	var code int
 	var body any
 	var err error
-	if r.Header.Get("Private-Token") != s.Token && r.Header.Get("Authorization") != "Bearer "+s.Token {
+	if s.Setup.Expired || r.Header.Get("Private-Token") != s.Token && r.Header.Get("Authorization") != "Bearer "+s.Token {
 		err = problem{http.StatusUnauthorized, "401 Unauthorized"}
 	} else if project != "" {
 		if _, absent := s.Repos.Dir(project); absent != nil {
@@ -484,6 +495,9 @@ func (s *Server) getMember(_ http.ResponseWriter, r *http.Request, project strin
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	level, ok := s.levels[project][id]
+	if id == 1 && !ok {
+		level, ok = s.Setup.Level, s.Setup.Level > 0
+	}
 	if !ok {
 		return 0, nil, problem{http.StatusNotFound, "404 Not found"}
 	}
