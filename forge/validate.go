@@ -92,12 +92,14 @@ func (e Event) Validate() error {
 		return fmt.Errorf("%w: commit %.80q", ErrInvalid, e.Before)
 	}
 	if e.PullRequest != nil {
-		return e.PullRequest.validate()
+		return e.PullRequest.Validate()
 	}
 	return nil
 }
 
-func (p PullRequest) validate() error {
+// Validate reports whether the pull request is one that a driver may give, as
+// [Event.Validate] does. It wraps ErrInvalid.
+func (p PullRequest) Validate() error {
 	if p.Number < 1 {
 		return fmt.Errorf("%w: pull request %d", ErrInvalid, p.Number)
 	}

@@ -62,6 +62,7 @@ var (
 	_ forge.Forge        = (*Forge)(nil)
 	_ forge.ChangedPaths = (*Forge)(nil)
 	_ forge.HeadLister   = (*Forge)(nil)
+	_ forge.Checker      = (*Forge)(nil)
 )
 
 // repository is where one is on disk; dir and common differ in linked work trees.

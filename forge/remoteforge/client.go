@@ -128,7 +128,7 @@ func (f *Forge) Name() (name, version string) { return f.info.GetName(), f.info.
 // Capabilities implements forge.Forge.
 func (f *Forge) Capabilities() forge.Capabilities {
 	c := f.info.GetCapabilities()
-	return forge.Capabilities{Webhooks: c.GetWebhooks(), Statuses: c.GetStatuses()}
+	return forge.Capabilities{Webhooks: c.GetWebhooks(), Statuses: c.GetStatuses(), StatusKeysFold: c.GetStatusKeysFold()}
 }
 
 // Close implements forge.Forge. A plugin that Start started ends, others go on.
@@ -271,6 +271,16 @@ func (f *Forge) As(target any) bool {
 				*t = optional{f}
 				return true
 			}
+		case *forge.PullRequestLister:
+			if v == pb.Verb_VERB_PULL_REQUESTS {
+				*t = optional{f}
+				return true
+			}
+		case *forge.Checker:
+			if v == pb.Verb_VERB_CHECK {
+				*t = optional{f}
+				return true
+			}
 		}
 	}
 	return false
@@ -322,4 +332,42 @@ func (o optional) Heads(ctx context.Context, repo forge.Repo) (map[string]string
 func (o optional) ForgetStatuses(ctx context.Context, repo forge.Repo, commit string) error {
 	_, err := call(ctx, o.f, "forget statuses", o.f.rpc.ForgetStatuses, &pb.ForgetStatusesRequest{Repo: toRepo(repo), Commit: commit}, repo.FullName(), commit)
 	return err
+}
+
+// PullRequests implements forge.PullRequestLister.
+func (o optional) PullRequests(ctx context.Context, repo forge.Repo, limit int) ([]forge.PullRequest, error) {
+	r, err := call(ctx, o.f, "pull requests", o.f.rpc.PullRequests, &pb.PullRequestsRequest{Repo: toRepo(repo), Limit: toInt32(limit)}, repo.FullName())
+	if err != nil {
+		return nil, err
+	}
+	var all []forge.PullRequest
+	for _, p := range r.GetPullRequests() {
+		// One that no webhook could have is left out.
+		if pr := *fromPullRequest(p); pr.Validate() == nil && forge.IsCommit(pr.HeadCommit) && len(all) < limit {
+			all = append(all, pr)
+		}
+	}
+	return all, nil
+}
+
+// Check implements forge.Checker. A plugin that is away is a finding, too.
+func (o optional) Check(ctx context.Context, options forge.CheckOptions) ([]forge.Finding, error) {
+	q := &pb.CheckRequest{WebhookUrl: clean(options.WebhookURL)}
+	for _, repo := range options.Repos {
+		q.Repos = append(q.Repos, toRepo(repo))
+	}
+	r, err := call(ctx, o.f, "check", o.f.rpc.Check, q)
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case err != nil:
+		return []forge.Finding{{
+			Level: forge.LevelFailure, What: fmt.Sprintf("the plugin %s cannot be asked: %v", o.f.cfg.Target, err), Advice: "see that it runs, and what it logs",
+		}}, nil
+	}
+	all := []forge.Finding{{Level: forge.LevelNotice, What: fmt.Sprintf("the plugin is %s, version %s", o.f.info.GetName(), o.f.info.GetVersion())}}
+	for _, x := range r.GetFindings() {
+		all = append(all, fromFinding(x))
+	}
+	return all, nil
 }

@@ -167,6 +167,18 @@ func fromState(s *pb.Status) forge.Status {
 	return out
 }
 
+func toFinding(x forge.Finding) *pb.Finding {
+	return &pb.Finding{Level: clean(string(x.Level)), What: clean(x.What), Advice: clean(x.Advice)}
+}
+
+func fromFinding(x *pb.Finding) forge.Finding {
+	level := forge.Level(x.GetLevel())
+	if level != forge.LevelNotice && level != forge.LevelWarning {
+		level = forge.LevelFailure
+	}
+	return forge.Finding{Level: level, What: x.GetWhat(), Advice: x.GetAdvice()}
+}
+
 // fromClone checks what becomes arguments and configuration of git.
 func fromClone(r *pb.CloneInfoResponse) (forge.Clone, error) {
 	c := forge.Clone{Dir: r.GetDir(), URL: r.GetUrl(), Header: r.GetHeaders(), ExpiresAt: fromTime(r.GetExpiresAt())}

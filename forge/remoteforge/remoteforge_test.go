@@ -87,6 +87,8 @@ type odd struct {
 	resolve func(ctx context.Context, ref string) (string, error)
 	parse   func(ctx context.Context, r *http.Request, s forge.SecretFunc) (forge.Event, error)
 	clone   forge.Clone
+	pulls   []forge.PullRequest
+	found   []forge.Finding
 
 	mu    sync.Mutex
 	asked []any
@@ -98,8 +100,10 @@ func (o *odd) was(args ...any) {
 	o.asked = args
 }
 
-func (o *odd) Capabilities() forge.Capabilities { return forge.Capabilities{Webhooks: o.parse != nil} }
-func (o *odd) Close() error                     { return nil }
+func (o *odd) Capabilities() forge.Capabilities {
+	return forge.Capabilities{Webhooks: o.parse != nil, StatusKeysFold: true}
+}
+func (o *odd) Close() error { return nil }
 func (o *odd) ParseWebhook(ctx context.Context, r *http.Request, s forge.SecretFunc) (forge.Event, error) {
 	return o.parse(ctx, r, s)
 }
@@ -136,6 +140,16 @@ func (o *odd) MayApprove(_ context.Context, r forge.Repo, u forge.User) (bool, e
 func (o *odd) MergeCommit(_ context.Context, r forge.Repo, pr forge.PullRequest) (string, error) {
 	o.was(r, pr)
 	return commit, nil
+}
+
+func (o *odd) PullRequests(_ context.Context, r forge.Repo, limit int) ([]forge.PullRequest, error) {
+	o.was(r, limit)
+	return o.pulls, nil
+}
+
+func (o *odd) Check(_ context.Context, options forge.CheckOptions) ([]forge.Finding, error) {
+	o.was(options)
+	return o.found, nil
 }
 
 func (o *odd) Comment(_ context.Context, r forge.Repo, n int, key, text string) error {
@@ -339,6 +353,26 @@ func TestNothingIsLost(t *testing.T) {
 		t.Error(err)
 	}
 	asked("Comment", repo, 3, "key", "text \uFFFD")
+	l, _ := forge.As[forge.PullRequestLister](f)
+	bad := *e.PullRequest
+	bad.HeadCommit = "HEAD"
+	o.pulls = []forge.PullRequest{bad, *e.PullRequest, *e.PullRequest, *e.PullRequest}
+	if got, err := l.PullRequests(t.Context(), repo, 2); err != nil || !reflect.DeepEqual(got, o.pulls[1:3]) {
+		t.Errorf("PullRequests = %+v, %v", got, err)
+	}
+	asked("PullRequests", repo, 2)
+	checker, _ := forge.As[forge.Checker](f)
+	o.found = []forge.Finding{{Level: forge.LevelNotice, What: "a"}, {Level: forge.LevelWarning, What: "b \xff", Advice: "c"}, {Level: "odd", What: "d"}}
+	findings, err := checker.Check(t.Context(), forge.CheckOptions{Repos: []forge.Repo{repo}, WebhookURL: "https://ci"})
+	if err != nil || len(findings) != 4 || !reflect.DeepEqual(findings[1:], []forge.Finding{
+		o.found[0], {Level: forge.LevelWarning, What: "b \uFFFD", Advice: "c"}, {Level: forge.LevelFailure, What: "d"},
+	}) {
+		t.Errorf("Check = %+v, %v", findings, err)
+	}
+	asked("Check", forge.CheckOptions{Repos: []forge.Repo{repo}, WebhookURL: "https://ci"})
+	if !f.Capabilities().StatusKeysFold {
+		t.Error("that keys fold is lost")
+	}
 	for name, has := range map[string]bool{
 		"ChangedPaths": has[forge.ChangedPaths](f), "HeadLister": has[forge.HeadLister](f), "StatusForgetter": has[forge.StatusForgetter](f),
 	} {

@@ -62,7 +62,7 @@ func NewServer(f forge.Forge, o ServerOptions) *Server {
 	s := &Server{f: f, o: o, revokes: map[string]func(context.Context) error{}}
 	s.info = &pb.InfoResponse{
 		Name: o.Name, Version: o.Version,
-		Capabilities: &pb.Capabilities{Webhooks: c.Webhooks && o.Secret != nil, Statuses: c.Statuses},
+		Capabilities: &pb.Capabilities{Webhooks: c.Webhooks && o.Secret != nil, Statuses: c.Statuses, StatusKeysFold: c.StatusKeysFold},
 	}
 	for _, v := range []struct {
 		verb pb.Verb
@@ -74,6 +74,8 @@ func NewServer(f forge.Forge, o ServerOptions) *Server {
 		{pb.Verb_VERB_COMMENT, has[forge.Commenter](f)},
 		{pb.Verb_VERB_HEADS, has[forge.HeadLister](f)},
 		{pb.Verb_VERB_FORGET_STATUSES, has[forge.StatusForgetter](f)},
+		{pb.Verb_VERB_PULL_REQUESTS, has[forge.PullRequestLister](f)},
+		{pb.Verb_VERB_CHECK, has[forge.Checker](f)},
 	} {
 		if v.has {
 			s.info.Verbs = append(s.info.Verbs, v.verb)
@@ -271,4 +273,36 @@ func (s *Server) ForgetStatuses(ctx context.Context, q *pb.ForgetStatusesRequest
 		return nil, errors.ErrUnsupported
 	}
 	return &pb.ForgetStatusesResponse{}, v.ForgetStatuses(ctx, fromRepo(q.GetRepo()), q.GetCommit())
+}
+
+// PullRequests implements the service.
+func (s *Server) PullRequests(ctx context.Context, q *pb.PullRequestsRequest) (*pb.PullRequestsResponse, error) {
+	v, ok := forge.As[forge.PullRequestLister](s.f)
+	if !ok {
+		return nil, errors.ErrUnsupported
+	}
+	all, err := v.PullRequests(ctx, fromRepo(q.GetRepo()), int(q.GetLimit()))
+	r := &pb.PullRequestsResponse{}
+	for i := range all {
+		r.PullRequests = append(r.PullRequests, toPullRequest(&all[i]))
+	}
+	return r, err
+}
+
+// Check implements the service.
+func (s *Server) Check(ctx context.Context, q *pb.CheckRequest) (*pb.CheckResponse, error) {
+	v, ok := forge.As[forge.Checker](s.f)
+	if !ok {
+		return nil, errors.ErrUnsupported
+	}
+	o := forge.CheckOptions{WebhookURL: q.GetWebhookUrl()}
+	for _, repo := range q.GetRepos() {
+		o.Repos = append(o.Repos, fromRepo(repo))
+	}
+	all, err := v.Check(ctx, o)
+	r := &pb.CheckResponse{}
+	for _, x := range all {
+		r.Findings = append(r.Findings, toFinding(x))
+	}
+	return r, err
 }

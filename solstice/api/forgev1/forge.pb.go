@@ -46,6 +46,8 @@ const (
 	Verb_VERB_COMMENT         Verb = 4
 	Verb_VERB_HEADS           Verb = 5
 	Verb_VERB_FORGET_STATUSES Verb = 6
+	Verb_VERB_PULL_REQUESTS   Verb = 7
+	Verb_VERB_CHECK           Verb = 8
 )
 
 // Enum value maps for Verb.
@@ -58,6 +60,8 @@ var (
 		4: "VERB_COMMENT",
 		5: "VERB_HEADS",
 		6: "VERB_FORGET_STATUSES",
+		7: "VERB_PULL_REQUESTS",
+		8: "VERB_CHECK",
 	}
 	Verb_value = map[string]int32{
 		"VERB_UNSPECIFIED":     0,
@@ -67,6 +71,8 @@ var (
 		"VERB_COMMENT":         4,
 		"VERB_HEADS":           5,
 		"VERB_FORGET_STATUSES": 6,
+		"VERB_PULL_REQUESTS":   7,
+		"VERB_CHECK":           8,
 	}
 )
 
@@ -202,11 +208,12 @@ func (x *InfoResponse) GetVerbs() []Verb {
 }
 
 type Capabilities struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Webhooks      bool                   `protobuf:"varint,1,opt,name=webhooks,proto3" json:"webhooks,omitempty"` // ParseWebhook works
-	Statuses      bool                   `protobuf:"varint,2,opt,name=statuses,proto3" json:"statuses,omitempty"` // ReportStatus reaches something
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Webhooks       bool                   `protobuf:"varint,1,opt,name=webhooks,proto3" json:"webhooks,omitempty"`                                     // ParseWebhook works
+	Statuses       bool                   `protobuf:"varint,2,opt,name=statuses,proto3" json:"statuses,omitempty"`                                     // ReportStatus reaches something
+	StatusKeysFold bool                   `protobuf:"varint,3,opt,name=status_keys_fold,json=statusKeysFold,proto3" json:"status_keys_fold,omitempty"` // keys that differ in upper and lower case alone are one status
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Capabilities) Reset() {
@@ -249,6 +256,13 @@ func (x *Capabilities) GetWebhooks() bool {
 func (x *Capabilities) GetStatuses() bool {
 	if x != nil {
 		return x.Statuses
+	}
+	return false
+}
+
+func (x *Capabilities) GetStatusKeysFold() bool {
+	if x != nil {
+		return x.StatusKeysFold
 	}
 	return false
 }
@@ -2327,6 +2341,259 @@ func (*ForgetStatusesResponse) Descriptor() ([]byte, []int) {
 	return file_solstice_forge_v1_forge_proto_rawDescGZIP(), []int{36}
 }
 
+type PullRequestsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Repo          *Repo                  `protobuf:"bytes,1,opt,name=repo,proto3" json:"repo,omitempty"`
+	Limit         int32                  `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PullRequestsRequest) Reset() {
+	*x = PullRequestsRequest{}
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PullRequestsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PullRequestsRequest) ProtoMessage() {}
+
+func (x *PullRequestsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PullRequestsRequest.ProtoReflect.Descriptor instead.
+func (*PullRequestsRequest) Descriptor() ([]byte, []int) {
+	return file_solstice_forge_v1_forge_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *PullRequestsRequest) GetRepo() *Repo {
+	if x != nil {
+		return x.Repo
+	}
+	return nil
+}
+
+func (x *PullRequestsRequest) GetLimit() int32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type PullRequestsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PullRequests  []*PullRequest         `protobuf:"bytes,1,rep,name=pull_requests,json=pullRequests,proto3" json:"pull_requests,omitempty"` // open ones, those that changed last first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PullRequestsResponse) Reset() {
+	*x = PullRequestsResponse{}
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PullRequestsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PullRequestsResponse) ProtoMessage() {}
+
+func (x *PullRequestsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PullRequestsResponse.ProtoReflect.Descriptor instead.
+func (*PullRequestsResponse) Descriptor() ([]byte, []int) {
+	return file_solstice_forge_v1_forge_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *PullRequestsResponse) GetPullRequests() []*PullRequest {
+	if x != nil {
+		return x.PullRequests
+	}
+	return nil
+}
+
+type CheckRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Repos         []*Repo                `protobuf:"bytes,1,rep,name=repos,proto3" json:"repos,omitempty"`                             // whose access and webhooks are looked at
+	WebhookUrl    string                 `protobuf:"bytes,2,opt,name=webhook_url,json=webhookUrl,proto3" json:"webhook_url,omitempty"` // where webhooks should go; empty: they are not looked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckRequest) Reset() {
+	*x = CheckRequest{}
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckRequest) ProtoMessage() {}
+
+func (x *CheckRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
+func (*CheckRequest) Descriptor() ([]byte, []int) {
+	return file_solstice_forge_v1_forge_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *CheckRequest) GetRepos() []*Repo {
+	if x != nil {
+		return x.Repos
+	}
+	return nil
+}
+
+func (x *CheckRequest) GetWebhookUrl() string {
+	if x != nil {
+		return x.WebhookUrl
+	}
+	return ""
+}
+
+type CheckResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Findings      []*Finding             `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckResponse) Reset() {
+	*x = CheckResponse{}
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckResponse) ProtoMessage() {}
+
+func (x *CheckResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
+func (*CheckResponse) Descriptor() ([]byte, []int) {
+	return file_solstice_forge_v1_forge_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *CheckResponse) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+// Finding is what there is to say about one thing.
+type Finding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Level         string                 `protobuf:"bytes,1,opt,name=level,proto3" json:"level,omitempty"`   // notice (it is as it should be), warning, failure
+	What          string                 `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`     // a sentence without a full stop
+	Advice        string                 `protobuf:"bytes,3,opt,name=advice,proto3" json:"advice,omitempty"` // what to do about it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_solstice_forge_v1_forge_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_solstice_forge_v1_forge_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *Finding) GetLevel() string {
+	if x != nil {
+		return x.Level
+	}
+	return ""
+}
+
+func (x *Finding) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Finding) GetAdvice() string {
+	if x != nil {
+		return x.Advice
+	}
+	return ""
+}
+
 var File_solstice_forge_v1_forge_proto protoreflect.FileDescriptor
 
 const file_solstice_forge_v1_forge_proto_rawDesc = "" +
@@ -2337,10 +2604,11 @@ const file_solstice_forge_v1_forge_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12C\n" +
 	"\fcapabilities\x18\x03 \x01(\v2\x1f.solstice.forge.v1.CapabilitiesR\fcapabilities\x12-\n" +
-	"\x05verbs\x18\x04 \x03(\x0e2\x17.solstice.forge.v1.VerbR\x05verbs\"F\n" +
+	"\x05verbs\x18\x04 \x03(\x0e2\x17.solstice.forge.v1.VerbR\x05verbs\"p\n" +
 	"\fCapabilities\x12\x1a\n" +
 	"\bwebhooks\x18\x01 \x01(\bR\bwebhooks\x12\x1a\n" +
-	"\bstatuses\x18\x02 \x01(\bR\bstatuses\"\xb0\x01\n" +
+	"\bstatuses\x18\x02 \x01(\bR\bstatuses\x12(\n" +
+	"\x10status_keys_fold\x18\x03 \x01(\bR\x0estatusKeysFold\"\xb0\x01\n" +
 	"\x04Repo\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x0e\n" +
@@ -2492,7 +2760,22 @@ const file_solstice_forge_v1_forge_proto_rawDesc = "" +
 	"\x15ForgetStatusesRequest\x12+\n" +
 	"\x04repo\x18\x01 \x01(\v2\x17.solstice.forge.v1.RepoR\x04repo\x12\x16\n" +
 	"\x06commit\x18\x02 \x01(\tR\x06commit\"\x18\n" +
-	"\x16ForgetStatusesResponse*\x9d\x01\n" +
+	"\x16ForgetStatusesResponse\"X\n" +
+	"\x13PullRequestsRequest\x12+\n" +
+	"\x04repo\x18\x01 \x01(\v2\x17.solstice.forge.v1.RepoR\x04repo\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\x05R\x05limit\"[\n" +
+	"\x14PullRequestsResponse\x12C\n" +
+	"\rpull_requests\x18\x01 \x03(\v2\x1e.solstice.forge.v1.PullRequestR\fpullRequests\"^\n" +
+	"\fCheckRequest\x12-\n" +
+	"\x05repos\x18\x01 \x03(\v2\x17.solstice.forge.v1.RepoR\x05repos\x12\x1f\n" +
+	"\vwebhook_url\x18\x02 \x01(\tR\n" +
+	"webhookUrl\"G\n" +
+	"\rCheckResponse\x126\n" +
+	"\bfindings\x18\x01 \x03(\v2\x1a.solstice.forge.v1.FindingR\bfindings\"K\n" +
+	"\aFinding\x12\x14\n" +
+	"\x05level\x18\x01 \x01(\tR\x05level\x12\x12\n" +
+	"\x04what\x18\x02 \x01(\tR\x04what\x12\x16\n" +
+	"\x06advice\x18\x03 \x01(\tR\x06advice*\xc5\x01\n" +
 	"\x04Verb\x12\x14\n" +
 	"\x10VERB_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12VERB_CHANGED_PATHS\x10\x01\x12\x14\n" +
@@ -2501,7 +2784,10 @@ const file_solstice_forge_v1_forge_proto_rawDesc = "" +
 	"\fVERB_COMMENT\x10\x04\x12\x0e\n" +
 	"\n" +
 	"VERB_HEADS\x10\x05\x12\x18\n" +
-	"\x14VERB_FORGET_STATUSES\x10\x062\xed\t\n" +
+	"\x14VERB_FORGET_STATUSES\x10\x06\x12\x16\n" +
+	"\x12VERB_PULL_REQUESTS\x10\a\x12\x0e\n" +
+	"\n" +
+	"VERB_CHECK\x10\b2\x9a\v\n" +
 	"\fForgeService\x12G\n" +
 	"\x04Info\x12\x1e.solstice.forge.v1.InfoRequest\x1a\x1f.solstice.forge.v1.InfoResponse\x12_\n" +
 	"\fParseWebhook\x12&.solstice.forge.v1.ParseWebhookRequest\x1a'.solstice.forge.v1.ParseWebhookResponse\x12P\n" +
@@ -2517,7 +2803,9 @@ const file_solstice_forge_v1_forge_proto_rawDesc = "" +
 	"\vMergeCommit\x12%.solstice.forge.v1.MergeCommitRequest\x1a&.solstice.forge.v1.MergeCommitResponse\x12P\n" +
 	"\aComment\x12!.solstice.forge.v1.CommentRequest\x1a\".solstice.forge.v1.CommentResponse\x12J\n" +
 	"\x05Heads\x12\x1f.solstice.forge.v1.HeadsRequest\x1a .solstice.forge.v1.HeadsResponse\x12e\n" +
-	"\x0eForgetStatuses\x12(.solstice.forge.v1.ForgetStatusesRequest\x1a).solstice.forge.v1.ForgetStatusesResponseBAZ?github.com/solstice-ci/solstice-go/solstice/api/forgev1;forgev1b\x06proto3"
+	"\x0eForgetStatuses\x12(.solstice.forge.v1.ForgetStatusesRequest\x1a).solstice.forge.v1.ForgetStatusesResponse\x12_\n" +
+	"\fPullRequests\x12&.solstice.forge.v1.PullRequestsRequest\x1a'.solstice.forge.v1.PullRequestsResponse\x12J\n" +
+	"\x05Check\x12\x1f.solstice.forge.v1.CheckRequest\x1a .solstice.forge.v1.CheckResponseBAZ?github.com/solstice-ci/solstice-go/solstice/api/forgev1;forgev1b\x06proto3"
 
 var (
 	file_solstice_forge_v1_forge_proto_rawDescOnce sync.Once
@@ -2532,7 +2820,7 @@ func file_solstice_forge_v1_forge_proto_rawDescGZIP() []byte {
 }
 
 var file_solstice_forge_v1_forge_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_solstice_forge_v1_forge_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_solstice_forge_v1_forge_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_solstice_forge_v1_forge_proto_goTypes = []any{
 	(Verb)(0),                      // 0: solstice.forge.v1.Verb
 	(*InfoRequest)(nil),            // 1: solstice.forge.v1.InfoRequest
@@ -2572,8 +2860,13 @@ var file_solstice_forge_v1_forge_proto_goTypes = []any{
 	(*Head)(nil),                   // 35: solstice.forge.v1.Head
 	(*ForgetStatusesRequest)(nil),  // 36: solstice.forge.v1.ForgetStatusesRequest
 	(*ForgetStatusesResponse)(nil), // 37: solstice.forge.v1.ForgetStatusesResponse
-	nil,                            // 38: solstice.forge.v1.CloneInfoResponse.HeadersEntry
-	(*timestamppb.Timestamp)(nil),  // 39: google.protobuf.Timestamp
+	(*PullRequestsRequest)(nil),    // 38: solstice.forge.v1.PullRequestsRequest
+	(*PullRequestsResponse)(nil),   // 39: solstice.forge.v1.PullRequestsResponse
+	(*CheckRequest)(nil),           // 40: solstice.forge.v1.CheckRequest
+	(*CheckResponse)(nil),          // 41: solstice.forge.v1.CheckResponse
+	(*Finding)(nil),                // 42: solstice.forge.v1.Finding
+	nil,                            // 43: solstice.forge.v1.CloneInfoResponse.HeadersEntry
+	(*timestamppb.Timestamp)(nil),  // 44: google.protobuf.Timestamp
 }
 var file_solstice_forge_v1_forge_proto_depIdxs = []int32{
 	3,  // 0: solstice.forge.v1.InfoResponse.capabilities:type_name -> solstice.forge.v1.Capabilities
@@ -2582,7 +2875,7 @@ var file_solstice_forge_v1_forge_proto_depIdxs = []int32{
 	5,  // 3: solstice.forge.v1.Event.sender:type_name -> solstice.forge.v1.User
 	7,  // 4: solstice.forge.v1.Event.pull_request:type_name -> solstice.forge.v1.PullRequest
 	4,  // 5: solstice.forge.v1.Event.repos:type_name -> solstice.forge.v1.Repo
-	39, // 6: solstice.forge.v1.Event.time:type_name -> google.protobuf.Timestamp
+	44, // 6: solstice.forge.v1.Event.time:type_name -> google.protobuf.Timestamp
 	4,  // 7: solstice.forge.v1.PullRequest.head_repo:type_name -> solstice.forge.v1.Repo
 	5,  // 8: solstice.forge.v1.PullRequest.author:type_name -> solstice.forge.v1.User
 	8,  // 9: solstice.forge.v1.ParseWebhookRequest.headers:type_name -> solstice.forge.v1.Header
@@ -2591,10 +2884,10 @@ var file_solstice_forge_v1_forge_proto_depIdxs = []int32{
 	4,  // 12: solstice.forge.v1.ReadFileRequest.repo:type_name -> solstice.forge.v1.Repo
 	4,  // 13: solstice.forge.v1.ListFilesRequest.repo:type_name -> solstice.forge.v1.Repo
 	4,  // 14: solstice.forge.v1.CloneInfoRequest.repo:type_name -> solstice.forge.v1.Repo
-	38, // 15: solstice.forge.v1.CloneInfoResponse.headers:type_name -> solstice.forge.v1.CloneInfoResponse.HeadersEntry
-	39, // 16: solstice.forge.v1.CloneInfoResponse.expires_at:type_name -> google.protobuf.Timestamp
-	39, // 17: solstice.forge.v1.Status.started_at:type_name -> google.protobuf.Timestamp
-	39, // 18: solstice.forge.v1.Status.finished_at:type_name -> google.protobuf.Timestamp
+	43, // 15: solstice.forge.v1.CloneInfoResponse.headers:type_name -> solstice.forge.v1.CloneInfoResponse.HeadersEntry
+	44, // 16: solstice.forge.v1.CloneInfoResponse.expires_at:type_name -> google.protobuf.Timestamp
+	44, // 17: solstice.forge.v1.Status.started_at:type_name -> google.protobuf.Timestamp
+	44, // 18: solstice.forge.v1.Status.finished_at:type_name -> google.protobuf.Timestamp
 	22, // 19: solstice.forge.v1.Status.annotations:type_name -> solstice.forge.v1.Annotation
 	4,  // 20: solstice.forge.v1.ReportStatusRequest.repo:type_name -> solstice.forge.v1.Repo
 	21, // 21: solstice.forge.v1.ReportStatusRequest.status:type_name -> solstice.forge.v1.Status
@@ -2607,39 +2900,47 @@ var file_solstice_forge_v1_forge_proto_depIdxs = []int32{
 	4,  // 28: solstice.forge.v1.HeadsRequest.repo:type_name -> solstice.forge.v1.Repo
 	35, // 29: solstice.forge.v1.HeadsResponse.heads:type_name -> solstice.forge.v1.Head
 	4,  // 30: solstice.forge.v1.ForgetStatusesRequest.repo:type_name -> solstice.forge.v1.Repo
-	1,  // 31: solstice.forge.v1.ForgeService.Info:input_type -> solstice.forge.v1.InfoRequest
-	9,  // 32: solstice.forge.v1.ForgeService.ParseWebhook:input_type -> solstice.forge.v1.ParseWebhookRequest
-	11, // 33: solstice.forge.v1.ForgeService.Resolve:input_type -> solstice.forge.v1.ResolveRequest
-	13, // 34: solstice.forge.v1.ForgeService.ReadFile:input_type -> solstice.forge.v1.ReadFileRequest
-	15, // 35: solstice.forge.v1.ForgeService.ListFiles:input_type -> solstice.forge.v1.ListFilesRequest
-	17, // 36: solstice.forge.v1.ForgeService.CloneInfo:input_type -> solstice.forge.v1.CloneInfoRequest
-	19, // 37: solstice.forge.v1.ForgeService.RevokeClone:input_type -> solstice.forge.v1.RevokeCloneRequest
-	23, // 38: solstice.forge.v1.ForgeService.ReportStatus:input_type -> solstice.forge.v1.ReportStatusRequest
-	25, // 39: solstice.forge.v1.ForgeService.ChangedPaths:input_type -> solstice.forge.v1.ChangedPathsRequest
-	27, // 40: solstice.forge.v1.ForgeService.MayApprove:input_type -> solstice.forge.v1.MayApproveRequest
-	29, // 41: solstice.forge.v1.ForgeService.MergeCommit:input_type -> solstice.forge.v1.MergeCommitRequest
-	31, // 42: solstice.forge.v1.ForgeService.Comment:input_type -> solstice.forge.v1.CommentRequest
-	33, // 43: solstice.forge.v1.ForgeService.Heads:input_type -> solstice.forge.v1.HeadsRequest
-	36, // 44: solstice.forge.v1.ForgeService.ForgetStatuses:input_type -> solstice.forge.v1.ForgetStatusesRequest
-	2,  // 45: solstice.forge.v1.ForgeService.Info:output_type -> solstice.forge.v1.InfoResponse
-	10, // 46: solstice.forge.v1.ForgeService.ParseWebhook:output_type -> solstice.forge.v1.ParseWebhookResponse
-	12, // 47: solstice.forge.v1.ForgeService.Resolve:output_type -> solstice.forge.v1.ResolveResponse
-	14, // 48: solstice.forge.v1.ForgeService.ReadFile:output_type -> solstice.forge.v1.ReadFileResponse
-	16, // 49: solstice.forge.v1.ForgeService.ListFiles:output_type -> solstice.forge.v1.ListFilesResponse
-	18, // 50: solstice.forge.v1.ForgeService.CloneInfo:output_type -> solstice.forge.v1.CloneInfoResponse
-	20, // 51: solstice.forge.v1.ForgeService.RevokeClone:output_type -> solstice.forge.v1.RevokeCloneResponse
-	24, // 52: solstice.forge.v1.ForgeService.ReportStatus:output_type -> solstice.forge.v1.ReportStatusResponse
-	26, // 53: solstice.forge.v1.ForgeService.ChangedPaths:output_type -> solstice.forge.v1.ChangedPathsResponse
-	28, // 54: solstice.forge.v1.ForgeService.MayApprove:output_type -> solstice.forge.v1.MayApproveResponse
-	30, // 55: solstice.forge.v1.ForgeService.MergeCommit:output_type -> solstice.forge.v1.MergeCommitResponse
-	32, // 56: solstice.forge.v1.ForgeService.Comment:output_type -> solstice.forge.v1.CommentResponse
-	34, // 57: solstice.forge.v1.ForgeService.Heads:output_type -> solstice.forge.v1.HeadsResponse
-	37, // 58: solstice.forge.v1.ForgeService.ForgetStatuses:output_type -> solstice.forge.v1.ForgetStatusesResponse
-	45, // [45:59] is the sub-list for method output_type
-	31, // [31:45] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	4,  // 31: solstice.forge.v1.PullRequestsRequest.repo:type_name -> solstice.forge.v1.Repo
+	7,  // 32: solstice.forge.v1.PullRequestsResponse.pull_requests:type_name -> solstice.forge.v1.PullRequest
+	4,  // 33: solstice.forge.v1.CheckRequest.repos:type_name -> solstice.forge.v1.Repo
+	42, // 34: solstice.forge.v1.CheckResponse.findings:type_name -> solstice.forge.v1.Finding
+	1,  // 35: solstice.forge.v1.ForgeService.Info:input_type -> solstice.forge.v1.InfoRequest
+	9,  // 36: solstice.forge.v1.ForgeService.ParseWebhook:input_type -> solstice.forge.v1.ParseWebhookRequest
+	11, // 37: solstice.forge.v1.ForgeService.Resolve:input_type -> solstice.forge.v1.ResolveRequest
+	13, // 38: solstice.forge.v1.ForgeService.ReadFile:input_type -> solstice.forge.v1.ReadFileRequest
+	15, // 39: solstice.forge.v1.ForgeService.ListFiles:input_type -> solstice.forge.v1.ListFilesRequest
+	17, // 40: solstice.forge.v1.ForgeService.CloneInfo:input_type -> solstice.forge.v1.CloneInfoRequest
+	19, // 41: solstice.forge.v1.ForgeService.RevokeClone:input_type -> solstice.forge.v1.RevokeCloneRequest
+	23, // 42: solstice.forge.v1.ForgeService.ReportStatus:input_type -> solstice.forge.v1.ReportStatusRequest
+	25, // 43: solstice.forge.v1.ForgeService.ChangedPaths:input_type -> solstice.forge.v1.ChangedPathsRequest
+	27, // 44: solstice.forge.v1.ForgeService.MayApprove:input_type -> solstice.forge.v1.MayApproveRequest
+	29, // 45: solstice.forge.v1.ForgeService.MergeCommit:input_type -> solstice.forge.v1.MergeCommitRequest
+	31, // 46: solstice.forge.v1.ForgeService.Comment:input_type -> solstice.forge.v1.CommentRequest
+	33, // 47: solstice.forge.v1.ForgeService.Heads:input_type -> solstice.forge.v1.HeadsRequest
+	36, // 48: solstice.forge.v1.ForgeService.ForgetStatuses:input_type -> solstice.forge.v1.ForgetStatusesRequest
+	38, // 49: solstice.forge.v1.ForgeService.PullRequests:input_type -> solstice.forge.v1.PullRequestsRequest
+	40, // 50: solstice.forge.v1.ForgeService.Check:input_type -> solstice.forge.v1.CheckRequest
+	2,  // 51: solstice.forge.v1.ForgeService.Info:output_type -> solstice.forge.v1.InfoResponse
+	10, // 52: solstice.forge.v1.ForgeService.ParseWebhook:output_type -> solstice.forge.v1.ParseWebhookResponse
+	12, // 53: solstice.forge.v1.ForgeService.Resolve:output_type -> solstice.forge.v1.ResolveResponse
+	14, // 54: solstice.forge.v1.ForgeService.ReadFile:output_type -> solstice.forge.v1.ReadFileResponse
+	16, // 55: solstice.forge.v1.ForgeService.ListFiles:output_type -> solstice.forge.v1.ListFilesResponse
+	18, // 56: solstice.forge.v1.ForgeService.CloneInfo:output_type -> solstice.forge.v1.CloneInfoResponse
+	20, // 57: solstice.forge.v1.ForgeService.RevokeClone:output_type -> solstice.forge.v1.RevokeCloneResponse
+	24, // 58: solstice.forge.v1.ForgeService.ReportStatus:output_type -> solstice.forge.v1.ReportStatusResponse
+	26, // 59: solstice.forge.v1.ForgeService.ChangedPaths:output_type -> solstice.forge.v1.ChangedPathsResponse
+	28, // 60: solstice.forge.v1.ForgeService.MayApprove:output_type -> solstice.forge.v1.MayApproveResponse
+	30, // 61: solstice.forge.v1.ForgeService.MergeCommit:output_type -> solstice.forge.v1.MergeCommitResponse
+	32, // 62: solstice.forge.v1.ForgeService.Comment:output_type -> solstice.forge.v1.CommentResponse
+	34, // 63: solstice.forge.v1.ForgeService.Heads:output_type -> solstice.forge.v1.HeadsResponse
+	37, // 64: solstice.forge.v1.ForgeService.ForgetStatuses:output_type -> solstice.forge.v1.ForgetStatusesResponse
+	39, // 65: solstice.forge.v1.ForgeService.PullRequests:output_type -> solstice.forge.v1.PullRequestsResponse
+	41, // 66: solstice.forge.v1.ForgeService.Check:output_type -> solstice.forge.v1.CheckResponse
+	51, // [51:67] is the sub-list for method output_type
+	35, // [35:51] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_solstice_forge_v1_forge_proto_init() }
@@ -2657,7 +2958,7 @@ func file_solstice_forge_v1_forge_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_solstice_forge_v1_forge_proto_rawDesc), len(file_solstice_forge_v1_forge_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   38,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

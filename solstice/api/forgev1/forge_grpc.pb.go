@@ -47,6 +47,8 @@ const (
 	ForgeService_Comment_FullMethodName        = "/solstice.forge.v1.ForgeService/Comment"
 	ForgeService_Heads_FullMethodName          = "/solstice.forge.v1.ForgeService/Heads"
 	ForgeService_ForgetStatuses_FullMethodName = "/solstice.forge.v1.ForgeService/ForgetStatuses"
+	ForgeService_PullRequests_FullMethodName   = "/solstice.forge.v1.ForgeService/PullRequests"
+	ForgeService_Check_FullMethodName          = "/solstice.forge.v1.ForgeService/Check"
 )
 
 // ForgeServiceClient is the client API for ForgeService service.
@@ -80,6 +82,10 @@ type ForgeServiceClient interface {
 	Heads(ctx context.Context, in *HeadsRequest, opts ...grpc.CallOption) (*HeadsResponse, error)
 	// ForgetStatuses is optional: VERB_FORGET_STATUSES.
 	ForgetStatuses(ctx context.Context, in *ForgetStatusesRequest, opts ...grpc.CallOption) (*ForgetStatusesResponse, error)
+	// PullRequests is optional: VERB_PULL_REQUESTS.
+	PullRequests(ctx context.Context, in *PullRequestsRequest, opts ...grpc.CallOption) (*PullRequestsResponse, error)
+	// Check is optional: VERB_CHECK.
+	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
 }
 
 type forgeServiceClient struct {
@@ -230,6 +236,26 @@ func (c *forgeServiceClient) ForgetStatuses(ctx context.Context, in *ForgetStatu
 	return out, nil
 }
 
+func (c *forgeServiceClient) PullRequests(ctx context.Context, in *PullRequestsRequest, opts ...grpc.CallOption) (*PullRequestsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PullRequestsResponse)
+	err := c.cc.Invoke(ctx, ForgeService_PullRequests_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *forgeServiceClient) Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckResponse)
+	err := c.cc.Invoke(ctx, ForgeService_Check_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ForgeServiceServer is the server API for ForgeService service.
 // All implementations must embed UnimplementedForgeServiceServer
 // for forward compatibility.
@@ -261,6 +287,10 @@ type ForgeServiceServer interface {
 	Heads(context.Context, *HeadsRequest) (*HeadsResponse, error)
 	// ForgetStatuses is optional: VERB_FORGET_STATUSES.
 	ForgetStatuses(context.Context, *ForgetStatusesRequest) (*ForgetStatusesResponse, error)
+	// PullRequests is optional: VERB_PULL_REQUESTS.
+	PullRequests(context.Context, *PullRequestsRequest) (*PullRequestsResponse, error)
+	// Check is optional: VERB_CHECK.
+	Check(context.Context, *CheckRequest) (*CheckResponse, error)
 	mustEmbedUnimplementedForgeServiceServer()
 }
 
@@ -312,6 +342,12 @@ func (UnimplementedForgeServiceServer) Heads(context.Context, *HeadsRequest) (*H
 }
 func (UnimplementedForgeServiceServer) ForgetStatuses(context.Context, *ForgetStatusesRequest) (*ForgetStatusesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ForgetStatuses not implemented")
+}
+func (UnimplementedForgeServiceServer) PullRequests(context.Context, *PullRequestsRequest) (*PullRequestsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PullRequests not implemented")
+}
+func (UnimplementedForgeServiceServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
 }
 func (UnimplementedForgeServiceServer) mustEmbedUnimplementedForgeServiceServer() {}
 func (UnimplementedForgeServiceServer) testEmbeddedByValue()                      {}
@@ -586,6 +622,42 @@ func _ForgeService_ForgetStatuses_Handler(srv interface{}, ctx context.Context, 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ForgeService_PullRequests_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PullRequestsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ForgeServiceServer).PullRequests(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ForgeService_PullRequests_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ForgeServiceServer).PullRequests(ctx, req.(*PullRequestsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ForgeService_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ForgeServiceServer).Check(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ForgeService_Check_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ForgeServiceServer).Check(ctx, req.(*CheckRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ForgeService_ServiceDesc is the grpc.ServiceDesc for ForgeService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -648,6 +720,14 @@ var ForgeService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ForgetStatuses",
 			Handler:    _ForgeService_ForgetStatuses_Handler,
+		},
+		{
+			MethodName: "PullRequests",
+			Handler:    _ForgeService_PullRequests_Handler,
+		},
+		{
+			MethodName: "Check",
+			Handler:    _ForgeService_Check_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
