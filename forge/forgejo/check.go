@@ -71,21 +71,19 @@ func (f *Forge) check(ctx context.Context, o forge.CheckOptions, l *checkup.List
 	l.Unseen("", "whether the token may write (write:repository, write:issue) is seen only by writing")
 	hooks := l.WebhookURL(o.WebhookURL)
 	for _, r := range o.Repos {
-		if !f.checkRepo(ctx, l, r, me.Login) {
-			return
-		}
-		if hooks && !f.checkHooks(ctx, l, r, o.WebhookURL) {
+		there, up := f.checkRepo(ctx, l, r, me.Login)
+		if !up || hooks && there && !f.checkHooks(ctx, l, r, o.WebhookURL) {
 			return
 		}
 	}
 }
 
-// checkRepo reports whether it is worth while to go on.
-func (f *Forge) checkRepo(ctx context.Context, l *checkup.List, r forge.Repo, login string) bool {
+// checkRepo reports whether there is one, and whether it is worth while to go on.
+func (f *Forge) checkRepo(ctx context.Context, l *checkup.List, r forge.Repo, login string) (there, up bool) {
 	name := r.FullName()
 	if err := check(r); err != nil {
 		l.Fail("repositories are owner/name", "%v", err)
-		return true
+		return false, true
 	}
 	var found struct {
 		Permissions struct {
@@ -95,13 +93,13 @@ func (f *Forge) checkRepo(ctx context.Context, l *checkup.List, r forge.Repo, lo
 	}
 	switch err := f.get(ctx, &found, nil, in(r)...); {
 	case l.Down(f.api.Base(), err):
-		return false
+		return false, false
 	case errors.Is(err, forge.ErrNotFound):
 		l.Fail("make the user a collaborator who may administrate it", "%s is not there, or not to be seen by the user %s", name, login)
-		return true
+		return false, true
 	case err != nil:
 		l.Fail("make a token with the scope write:repository", "%s cannot be read: %v", name, err)
-		return true
+		return false, true
 	case !found.Permissions.Push:
 		l.Fail("make the user a collaborator who may administrate it", "the user %s may not write to %s: no status can be reported", login, name)
 	case !found.Permissions.Admin:
@@ -113,7 +111,7 @@ func (f *Forge) checkRepo(ctx context.Context, l *checkup.List, r forge.Repo, lo
 	if err := f.get(ctx, nil, pageQuery(1, "limit", 1), in(r, "issues")...); rest.Status(err) == 403 {
 		l.Warn("make a token with the scope write:issue too", "the token cannot write comments in %s: %v", name, err)
 	}
-	return true
+	return true, true
 }
 
 func (f *Forge) checkHooks(ctx context.Context, l *checkup.List, r forge.Repo, want string) bool {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
@@ -65,7 +66,7 @@ func shown(version string) func(forge.StatusState) forge.StatusState {
 }
 
 func fixture(tb forgetest.TB, version string) forgetest.Fixture {
-	server, _, f := start(tb, func(s *fake.Server, _ *forgejo.Config) { s.Version, s.PageSize = version, 3 })
+	server, web, f := start(tb, func(s *fake.Server, _ *forgejo.Config) { s.Version, s.PageSize = version, 3 })
 	users := int64(10)
 	x := forgetest.Fixture{
 		Forge: f,
@@ -80,8 +81,9 @@ func fixture(tb forgetest.TB, version string) forgetest.Fixture {
 			}
 			return all
 		},
-		Shown:    shown(version),
-		Webhooks: webhooks(tb),
+		Shown:      shown(version),
+		Webhooks:   webhooks(tb),
+		WebhookURL: fake.HookURL,
 		Comments: func(_ forgetest.TB, r forge.Repo, number int) (all []string) {
 			for _, c := range server.Comments(r.FullName(), number) {
 				all = append(all, c.Body)
@@ -98,12 +100,27 @@ func fixture(tb forgetest.TB, version string) forgetest.Fixture {
 	}
 	rig.Fill(&x, server.Repos, "team")
 	x.PullRequest = func(tb forgetest.TB, r forge.Repo, files map[string]forgetest.File) forge.PullRequest {
-		head := x.Commit(tb, r, "topic", files)
+		base, err := server.Repos.Resolve(tb.Context(), r.FullName(), "refs/heads/main")
+		if err != nil {
+			tb.Fatalf("%v", err)
+		}
+		users++
+		head, err := server.Repos.Commit(tb.Context(), r.FullName(), fmt.Sprintf("topic-%d", users), rig.Files(files), base)
+		if err != nil {
+			tb.Fatalf("%v", err)
+		}
 		number, err := server.OpenPull(tb.Context(), r.FullName(), head)
 		if err != nil {
 			tb.Fatalf("%v", err)
 		}
 		return forge.PullRequest{Number: number, HeadRef: "topic", HeadCommit: head, BaseRef: "main"}
+	}
+	x.Webhooks.PullRequest = func(tb forgetest.TB, r forge.Repo, number int) (string, []byte) {
+		body, err := server.PullRequestOf(tb.Context(), web.URL, "opened", r.FullName(), number)
+		if err != nil {
+			tb.Fatalf("%v", err)
+		}
+		return "pull_request", body
 	}
 	return x
 }

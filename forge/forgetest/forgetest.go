@@ -79,14 +79,18 @@ type Fixture struct {
 	// What follows is optional: without it optional interfaces are not checked.
 
 	// PullRequest opens one into main. Its head is a new branch with one commit,
-	// whose tree is files and whose parent main's tip is as it is now. For
-	// forge.Merger and forge.Commenter.
+	// whose tree is files and whose parent main's tip is as it is now. One that is
+	// opened later has changed later. For forge.Merger, forge.Commenter and
+	// forge.PullRequestLister.
 	PullRequest func(tb TB, r forge.Repo, files map[string]File) forge.PullRequest
 	// Comments gives the texts beside a pull request. For forge.Commenter.
 	Comments func(tb TB, r forge.Repo, pullRequest int) []string
 	// User makes a user who may approve, or may not, in the repository. For
 	// forge.Permissions.
 	User func(tb TB, r forge.Repo, mayApprove bool) forge.User
+	// WebhookURL is where the forge is set up to send the webhooks of every
+	// repository; empty: where that is cannot be seen. For forge.Checker.
+	WebhookURL string
 }
 
 // Webhooks are what a forge sends.
@@ -103,6 +107,9 @@ type Webhooks struct {
 	Secret []byte
 	// Deliveries are of the forge itself, from its documentation or its source.
 	Deliveries []Delivery
+	// PullRequest is the delivery for a pull request of Fixture.PullRequest that was
+	// opened. Optional, for forge.PullRequestLister.
+	PullRequest func(tb TB, r forge.Repo, number int) (event string, body []byte)
 }
 
 // Delivery is a webhook and what it has to become.
@@ -154,6 +161,10 @@ func merges(f Fixture) bool   { return optional[forge.Merger](f) && f.PullReques
 func comments(f Fixture) bool {
 	return optional[forge.Commenter](f) && f.PullRequest != nil && f.Comments != nil
 }
+func lists(f Fixture) bool { return optional[forge.PullRequestLister](f) && f.PullRequest != nil }
+func listsAsWebhooks(f Fixture) bool {
+	return lists(f) && webhooks(f) && f.Webhooks != nil && f.Webhooks.PullRequest != nil
+}
 func permits(f Fixture) bool { return optional[forge.Permissions](f) && f.User != nil }
 func forgets(f Fixture) bool { return optional[forge.StatusForgetter](f) && f.Statuses != nil }
 
@@ -204,6 +215,10 @@ func Checks() []Check {
 		{"Comment", comments, checkComment},
 		{"MayApprove", permits, checkMayApprove},
 		{"ForgetStatuses", forgets, checkForgetStatuses},
+		{"PullRequests", lists, checkPullRequests},
+		{"PullRequestsAsWebhooks", listsAsWebhooks, checkPullRequestsAsWebhooks},
+		{"Check", optional[forge.Checker], checkSetUp},
+		{"CheckFinds", optional[forge.Checker], checkSetUpBadly},
 	}
 }
 

@@ -293,8 +293,9 @@ func fixture(f fault) forgetest.Fixture {
 			defer m.mu.Unlock()
 			return slices.Collect(maps.Values(m.repos[r.FullName()].statuses[commit]))
 		},
-		Webhooks:    webhooks(),
+		Webhooks:    m.webhooks(),
 		PullRequest: m.pullRequest,
+		WebhookURL:  "https://ci.example.org/webhooks/model",
 		Comments:    m.commentsOf,
 		User:        m.user,
 	}
@@ -498,7 +499,12 @@ var faults = map[string][]fault{
 	"MergeConflict":    {{bug: "settles conflicts"}, {bug: "any pull request"}},
 	"Comment":          {{bug: "adds"}, {bug: "takes a prefix of the key"}, {bug: "takes any key"}, {bug: "any pull request"}},
 	"MayApprove":       {{bug: "goes by login"}, {bug: "trusts strangers"}},
-	"ForgetStatuses":   {{bug: "forgets all"}, {bug: "forgets once"}, {bug: "forgets nothing"}},
+	"PullRequests":     {{bug: "lists the oldest first"}, {bug: "lists all"}, {bug: "lists none"}, {bug: "lists the base"}, {bug: "lists what is absent"}},
+
+	"PullRequestsAsWebhooks": {{bug: "lists nobody"}},
+	"Check":                  {{bug: "complains"}, {bug: "says nothing"}, {bug: "says an error"}, {bug: "sighs"}},
+	"CheckFinds":             {{bug: "praises"}, {bug: "knows no advice"}, {bug: "looks for no webhook"}, {bug: "takes its time"}},
+	"ForgetStatuses":         {{bug: "forgets all"}, {bug: "forgets once"}, {bug: "forgets nothing"}},
 }
 
 // swap replaces an error by another.

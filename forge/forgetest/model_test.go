@@ -37,9 +37,11 @@ type payload struct {
 	Ref    string `json:"ref"`
 	Commit string `json:"commit"`
 	Title  any    `json:"title"`
+
+	PullRequest *forge.PullRequest `json:"pull_request,omitempty"`
 }
 
-func webhooks() *forgetest.Webhooks {
+func (m *model) webhooks() *forgetest.Webhooks {
 	const commit = "89e495e7941cf9e40e6980d14a16bf023ccd4c91"
 	return &forgetest.Webhooks{
 		Request: func(tb forgetest.TB, event string, body, secret []byte) *http.Request {
@@ -51,6 +53,13 @@ func webhooks() *forgetest.Webhooks {
 			r.Header.Set("X-Delivery", "4711")
 			r.Header.Set("X-Signature", sum(body, secret))
 			return r
+		},
+		PullRequest: func(tb forgetest.TB, r forge.Repo, number int) (string, []byte) {
+			body, err := json.Marshal(payload{Repo: r.FullName(), PullRequest: &m.repos[r.FullName()].pulls[number-1].said})
+			if err != nil {
+				tb.Fatalf("%v", err)
+			}
+			return "pull", body
 		},
 		Deliveries: []forgetest.Delivery{
 			{
@@ -128,6 +137,13 @@ func (m *model) ParseWebhook(ctx context.Context, r *http.Request, s forge.Secre
 		return none, fmt.Errorf("%w: %w", forge.ErrInvalid, malformed)
 	case is("gives no reason"):
 		return none, forge.ErrIgnored
+	case r.Header.Get("X-Event") == "pull" && p.PullRequest != nil:
+		owner, name, _ := strings.Cut(p.Repo, "/")
+		e := forge.Event{
+			Kind: forge.KindPullRequest, Action: "opened", Repo: forge.Repo{Owner: owner, Name: name},
+			Ref: fmt.Sprintf("refs/pull/%d/head", p.PullRequest.Number), Commit: p.PullRequest.HeadCommit, PullRequest: p.PullRequest,
+		}
+		return e, e.Validate()
 	case r.Header.Get("X-Event") != "push":
 		return none, fmt.Errorf("%w: %s", forge.ErrIgnored, r.Header.Get("X-Event"))
 	case !strings.HasPrefix(p.Ref, "refs/heads/") && !is("ignores nothing"):
@@ -155,6 +171,7 @@ func (m *model) ParseWebhook(ctx context.Context, r *http.Request, s forge.Secre
 type pull struct {
 	base, head map[string]forgetest.File
 	asked      bool // MergeCommit was, and said that it is not known yet
+	said       forge.PullRequest
 }
 
 func (m *model) pullRequest(_ forgetest.TB, r forge.Repo, files map[string]forgetest.File) forge.PullRequest {
@@ -162,8 +179,9 @@ func (m *model) pullRequest(_ forgetest.TB, r forge.Repo, files map[string]forge
 	base := found.refs["refs/heads/main"]
 	n := len(found.pulls) + 1
 	head := found.commit(fmt.Sprintf("refs/pull/%d/head", n), files)
-	found.pulls = append(found.pulls, pull{base: found.commits[base], head: found.commits[head]})
-	return forge.PullRequest{Number: n, HeadCommit: head, BaseCommit: base, BaseRef: "main"}
+	pr := forge.PullRequest{Number: n, HeadCommit: head, BaseCommit: base, BaseRef: "main", Author: forge.User{ID: "7"}}
+	found.pulls = append(found.pulls, pull{base: found.commits[base], head: found.commits[head], said: pr})
+	return pr
 }
 
 // numbered gives a pull request.
@@ -281,4 +299,69 @@ func (m *model) ForgetStatuses(ctx context.Context, r forge.Repo, commit string)
 		delete(found.statuses, commit)
 	}
 	return nil
+}
+
+func (m *model) PullRequests(ctx context.Context, r forge.Repo, limit int) ([]forge.PullRequest, error) {
+	found, err := m.open(ctx, r)
+	if m.fault.bug == "lists what is absent" && err != nil {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var all []forge.PullRequest
+	for _, p := range slices.Backward(found.pulls) {
+		switch m.fault.bug {
+		case "lists nobody":
+			p.said.Author = forge.User{}
+		case "lists the base":
+			p.said.HeadCommit = p.said.BaseCommit
+		}
+		all = append(all, p.said)
+	}
+	switch m.fault.bug {
+	case "lists the oldest first":
+		slices.Reverse(all)
+	case "lists all":
+		return all, nil
+	case "lists none":
+		return nil, nil
+	}
+	return all[:min(limit, len(all))], nil
+}
+
+func (m *model) Check(ctx context.Context, o forge.CheckOptions) ([]forge.Finding, error) {
+	is := func(b bug) bool { return m.fault.bug == b }
+	if err := ctx.Err(); err != nil && !is("takes its time") {
+		return nil, err
+	}
+	if is("says an error") {
+		return nil, errors.New("it is not set up")
+	}
+	if is("says nothing") {
+		return nil, nil
+	}
+	all := []forge.Finding{{Level: forge.LevelNotice, What: "the model is there"}}
+	warn := func(what string) {
+		x := forge.Finding{Level: forge.LevelWarning, What: what, Advice: "do something"}
+		switch {
+		case is("praises"):
+			x.Level = forge.LevelNotice
+		case is("knows no advice"):
+			x.Advice = ""
+		}
+		all = append(all, x)
+	}
+	if o.WebhookURL != "" && o.WebhookURL != "https://ci.example.org/webhooks/model" && !is("looks for no webhook") || is("complains") {
+		warn("webhooks go elsewhere")
+	}
+	if is("sighs") {
+		all = append(all, forge.Finding{Level: "sigh", What: "it is set up"})
+	}
+	for _, r := range o.Repos {
+		if _, err := m.open(context.WithoutCancel(ctx), r); err != nil {
+			warn("there is no " + r.FullName())
+		}
+	}
+	return all, nil
 }

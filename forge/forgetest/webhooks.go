@@ -87,7 +87,7 @@ func (h hooks) ask(what string, r *http.Request, s forge.SecretFunc) (e forge.Ev
 	return e, err
 }
 
-func inJSON(e forge.Event) string {
+func inJSON(e any) string {
 	b, err := json.MarshalIndent(e, "", "  ")
 	if err != nil {
 		return err.Error()

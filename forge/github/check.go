@@ -241,7 +241,8 @@ func (f *Forge) checkToken(ctx context.Context, o forge.CheckOptions, l *checkup
 	}
 	hooks := l.WebhookURL(o.WebhookURL)
 	for _, r := range o.Repos {
-		if !f.checkRepo(ctx, l, r) || hooks && !f.checkHooks(ctx, l, r, o.WebhookURL) {
+		there, up := f.checkRepo(ctx, l, r)
+		if !up || hooks && there && !f.checkHooks(ctx, l, r, o.WebhookURL) {
 			return
 		}
 	}
@@ -252,19 +253,21 @@ func isStatus(err error, code int) bool {
 	return errors.As(err, &refused) && refused.Response != nil && refused.Response.StatusCode == code
 }
 
-func (f *Forge) checkRepo(ctx context.Context, l *checkup.List, r forge.Repo) (up bool) {
+// checkRepo reports whether there is one, and whether it is worth while to go on.
+func (f *Forge) checkRepo(ctx context.Context, l *checkup.List, r forge.Repo) (there, up bool) {
 	const advice = "give the token's user the role Write, and the token this repository"
 	repo, err := f.open(ctx, r)
 	if err != nil {
 		l.Fail("repositories are owner/name", "%v", err)
-		return ctx.Err() == nil
+		return false, ctx.Err() == nil
 	}
 	found, _, err := repo.Repositories.Get(ctx, repo.owner, repo.name)
 	switch err = fail(ctx, err, "look for %s", r.FullName()); {
 	case l.Down(f.web, err):
-		return false
+		return false, false
 	case err != nil:
 		l.Fail(advice, "%s cannot be read with the token: %v", r.FullName(), err)
+		return false, true
 	case found.GetPermissions() == nil:
 		l.Unseen("", "what the token's user may do in %s is not told", r.FullName())
 	case !found.GetPermissions().GetPush() && !found.GetPermissions().GetAdmin():
@@ -272,7 +275,7 @@ func (f *Forge) checkRepo(ctx context.Context, l *checkup.List, r forge.Repo) (u
 	default:
 		l.Fine("the token's user may write to %s", r.FullName())
 	}
-	return true
+	return true, true
 }
 
 func (f *Forge) checkHooks(ctx context.Context, l *checkup.List, r forge.Repo, want string) (up bool) {

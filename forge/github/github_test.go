@@ -90,11 +90,17 @@ func (r rig) git(tb forgetest.TB, repo forge.Repo, args ...string) string {
 // pull opens a pull request with one commit on the tip of main.
 func (r rig) pull(tb forgetest.TB, repo forge.Repo, files map[string]forgetest.File) forge.PullRequest {
 	tb.Helper()
-	base := r.git(tb, repo, "rev-parse", "main")
-	r.git(tb, repo, "branch", "topic", "main")
-	head := r.commit(tb, repo, "topic", files)
+	base, topic := r.git(tb, repo, "rev-parse", "main"), "topic"
+	for n := 2; ; n++ {
+		if _, err := r.Repos.Resolve(tb.Context(), repo.FullName(), "refs/heads/"+topic); err != nil {
+			break
+		}
+		topic = fmt.Sprintf("topic-%d", n)
+	}
+	r.git(tb, repo, "branch", topic, "main")
+	head := r.commit(tb, repo, topic, files)
 	return forge.PullRequest{
-		Number: r.OpenPull(repo.FullName(), "topic", "main"), HeadRef: "topic", HeadCommit: head, HeadRepo: repo, BaseRef: "main", BaseCommit: base,
+		Number: r.OpenPull(repo.FullName(), topic, "main"), HeadRef: topic, HeadCommit: head, HeadRepo: repo, BaseRef: "main", BaseCommit: base,
 	}
 }
 
@@ -156,7 +162,19 @@ func (r rig) fixture() forgetest.Fixture {
 			r.SetPermission(repo.FullName(), u.Login, map[bool]string{true: "write", false: "read"}[mayApprove])
 			return u
 		},
-		Webhooks: &forgetest.Webhooks{Request: webhook, SignedBy: []string{"X-Hub-Signature-256"}, Deliveries: deliveries()},
+		Webhooks:   &forgetest.Webhooks{Request: webhook, SignedBy: []string{"X-Hub-Signature-256"}, Deliveries: deliveries()},
+		WebhookURL: fake.HookURL,
+	}
+	f.Webhooks.PullRequest = func(tb forgetest.TB, repo forge.Repo, number int) (string, []byte) {
+		payload, err := r.PullRequest(tb.Context(), r.url, repo.FullName(), number, "opened")
+		if err != nil {
+			tb.Fatalf("%v", err)
+		}
+		body, err := json.Marshal(payload)
+		if err != nil {
+			tb.Fatalf("%v", err)
+		}
+		return "pull_request", body
 	}
 	fakerig.Fill(&f, r.Repos, "team")
 	return f
@@ -238,7 +256,7 @@ func TestConformance(t *testing.T) {
 	// What a token does in another way.
 	t.Run("token", func(t *testing.T) {
 		for _, c := range forgetest.Checks() {
-			if !strings.HasPrefix(c.Name, "Status") && !slices.Contains([]string{"Clone", "Context", "UnknownRepo", "Comment", "MayApprove"}, c.Name) {
+			if !strings.HasPrefix(c.Name, "Status") && !slices.Contains([]string{"Clone", "Context", "UnknownRepo", "Comment", "MayApprove", "Check", "CheckFinds"}, c.Name) {
 				continue
 			}
 			t.Run(c.Name, func(t *testing.T) { c.Run(t, start(t, false, nil).fixture()) })

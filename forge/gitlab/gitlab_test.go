@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"flag"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
@@ -52,7 +53,7 @@ func start(tb forgetest.TB, change func(*fake.Server, *gitlab.Config)) (*fake.Se
 }
 
 func fixture(tb forgetest.TB) forgetest.Fixture {
-	server, _, f := start(tb, func(s *fake.Server, _ *gitlab.Config) { s.PageSize = 3 })
+	server, web, f := start(tb, func(s *fake.Server, _ *gitlab.Config) { s.PageSize = 3 })
 	users := int64(10)
 	x := forgetest.Fixture{
 		Forge: f,
@@ -78,7 +79,8 @@ func fixture(tb forgetest.TB) forgetest.Fixture {
 			}
 			return s
 		},
-		Webhooks: webhooks(tb),
+		Webhooks:   webhooks(tb),
+		WebhookURL: fake.HookURL,
 		Comments: func(_ forgetest.TB, r forge.Repo, number int) (all []string) {
 			for _, n := range server.Notes(r.FullName(), number) {
 				all = append(all, n.Body)
@@ -98,7 +100,8 @@ func fixture(tb forgetest.TB) forgetest.Fixture {
 		if err != nil {
 			tb.Fatalf("%v", err)
 		}
-		head, err := server.Repos.Commit(tb.Context(), r.FullName(), "topic", rig.Files(files), base)
+		users++
+		head, err := server.Repos.Commit(tb.Context(), r.FullName(), fmt.Sprintf("topic-%d", users), rig.Files(files), base)
 		if err != nil {
 			tb.Fatalf("%v", err)
 		}
@@ -107,6 +110,13 @@ func fixture(tb forgetest.TB) forgetest.Fixture {
 			tb.Fatalf("%v", err)
 		}
 		return forge.PullRequest{Number: number, HeadRef: "topic", HeadCommit: head, BaseRef: "main"}
+	}
+	x.Webhooks.PullRequest = func(tb forgetest.TB, r forge.Repo, number int) (string, []byte) {
+		body, err := server.MergeRequestOf(web.URL, "open", r.FullName(), number)
+		if err != nil {
+			tb.Fatalf("%v", err)
+		}
+		return "Merge Request Hook", body
 	}
 	return x
 }

@@ -38,7 +38,8 @@ func (l *List) Fail(advice, format string, args ...any) {
 }
 
 func (l *List) add(level forge.Level, advice, format string, args ...any) {
-	*l = append(*l, forge.Finding{Level: level, What: fmt.Sprintf(format, args...), Advice: advice})
+	what := strings.TrimRight(hook.Line(fmt.Sprintf(format, args...)), ".") // it may end with a forge's words
+	*l = append(*l, forge.Finding{Level: level, What: what, Advice: advice})
 }
 
 // Down reports whether err says that the forge cannot be asked, for any call, and
