@@ -81,6 +81,10 @@ func (x fixture) with(tb forgetest.TB, f forge.Forge) forgetest.Fixture {
 		Repo: func(tb forgetest.TB, name string) forge.Repo {
 			r := forge.Repo{Owner: "team", Name: name}
 			x.git(r).Init(tb)
+			hook := filepath.Join(x.git(r).Dir, "hooks", "post-receive")
+			if err := os.WriteFile(hook, []byte("exec bareforge hook --url 'http://localhost/webhook'\n"), 0o600); err != nil {
+				tb.Fatalf("%v", err)
+			}
 			return r
 		},
 		Commit: func(tb forgetest.TB, r forge.Repo, branch string, files map[string]forgetest.File) string {
@@ -102,7 +106,8 @@ func (x fixture) with(tb forgetest.TB, f forge.Forge) forgetest.Fixture {
 			}
 			return all
 		},
-		Webhooks: &forgetest.Webhooks{Request: request, Deliveries: deliveries(tb)},
+		Webhooks:   &forgetest.Webhooks{Request: request, Deliveries: deliveries(tb)},
+		WebhookURL: "http://localhost/webhook",
 		User: func(tb forgetest.TB, r forge.Repo, mayApprove bool) forge.User {
 			repo := repository{name: r.FullName(), dir: x.git(r).Dir}
 			if !mayApprove {

@@ -21,6 +21,7 @@ var (
 	_ forge.ChangedPaths    = (*Forge)(nil)
 	_ forge.Permissions     = (*Forge)(nil)
 	_ forge.StatusForgetter = (*Forge)(nil)
+	_ forge.Checker         = (*Forge)(nil)
 )
 
 // Open is of a directory that exists.
@@ -234,4 +235,27 @@ func (f *Forge) MayApprove(ctx context.Context, r forge.Repo, u forge.User) (boo
 		}
 	}
 	return false, nil
+}
+
+// Check implements forge.Checker: whether repositories are there, and where their
+// webhooks go.
+func (f *Forge) Check(ctx context.Context, o forge.CheckOptions) (found []forge.Finding, err error) {
+	for _, r := range o.Repos {
+		x := forge.Finding{Level: forge.LevelNotice, What: r.FullName() + " is there"}
+		repo, err := f.open(ctx, r)
+		script, _ := os.ReadFile(filepath.Join(repo.dir, "hooks", "post-receive"))
+		switch {
+		case err != nil:
+			x = forge.Finding{
+				Level: forge.LevelFailure, What: fmt.Sprintf("%s cannot be opened: %v", r.FullName(), err), Advice: "make it with bareforge init",
+			}
+		case o.WebhookURL != "" && !strings.Contains(string(script), quote(o.WebhookURL)):
+			x = forge.Finding{
+				Level: forge.LevelWarning, What: fmt.Sprintf("%s sends no webhooks to %s", r.FullName(), o.WebhookURL),
+				Advice: "correct the URL in " + filepath.Join(repo.dir, "hooks", "post-receive"),
+			}
+		}
+		found = append(found, x)
+	}
+	return found, ctx.Err()
 }
