@@ -2,6 +2,7 @@ package github_test
 
 import (
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
@@ -15,6 +16,7 @@ import (
 	"github.com/solstice-ci/solstice-go/forge/github"
 	"github.com/solstice-ci/solstice-go/internal/fakeforge"
 	fake "github.com/solstice-ci/solstice-go/internal/fakeforge/github"
+	fakerig "github.com/solstice-ci/solstice-go/internal/fakeforge/rig"
 )
 
 // roundTrip is a transport that is a function.
@@ -432,5 +434,36 @@ func TestOpen(t *testing.T) {
 		if err != nil || asked != tc.wantAPI || c.URL != tc.wantClone {
 			t.Errorf("%+v: %v, asked %s, clone from %s", tc, err, asked, c.URL)
 		}
+	}
+}
+
+// Nothing but GitHub is connected to, whatever a payload or a redirect names.
+func TestContained(t *testing.T) {
+	for _, app := range []bool{true, false} {
+		r := start(t, app, nil)
+		repo, _ := r.committed(t)
+		r.commit(t, r.repo(t, "fork"), "topic", map[string]forgetest.File{"a": {Content: "f"}})
+		pr := r.pull(t, repo, map[string]forgetest.File{"a": {Content: "2"}})
+		r.ChangePull(repo.FullName(), pr.Number, func(p *fake.Pull) { p.Fork = "team/fork" })
+		payload := fake.PullRequest(r.url, repo.FullName(), "team/fork", "opened", pr.Number, "topic", pr.HeadCommit, "main", pr.BaseCommit, fake.User{ID: 66, Login: "mallory"})
+		body, err := json.Marshal(payload)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fakerig.Contained(t, fakerig.Contain{
+			URL: r.url, Faults: &r.Faults, Body: body,
+			Request: func(body, secret []byte) *http.Request { return webhook(t, "pull_request", body, secret) },
+			New: func() forge.Forge {
+				if app {
+					return r.again(t)
+				}
+				f, err := github.New(github.Config{URL: r.url, Token: fake.Token})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { _ = f.Close() })
+				return f
+			},
+		})
 	}
 }

@@ -518,3 +518,35 @@ func FuzzParseWebhook(f *testing.F) {
 		}
 	})
 }
+
+// Nothing but the forge is connected to, whatever a payload or a redirect names.
+func TestContained(t *testing.T) {
+	server, web, _ := start(t, nil)
+	r, c := commit(t, server)
+	number, err := server.OpenRequest(t.Context(), r.FullName(), c, "main")
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := server.MergeRequest(web.URL, "open", r.FullName(), number, "mallory/app", "topic", c, "", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rig.Contained(t, rig.Contain{
+		URL: web.URL, Faults: &server.Faults, Body: body,
+		Request: func(body, secret []byte) *http.Request {
+			r, err := fake.Request(t.Context(), "http://solstice.example.org/", "Merge Request Hook", "id", time.Now(), body, secret)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return r
+		},
+		New: func() forge.Forge {
+			f, err := gitlab.New(gitlab.Config{BaseURL: web.URL, Token: server.Token})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = f.Close() })
+			return f
+		},
+	})
+}

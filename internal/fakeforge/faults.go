@@ -38,6 +38,13 @@ func (f *Faults) Add(fault Fault) {
 	f.next = append(f.next, fault)
 }
 
+// Clear forgets those that have not happened yet.
+func (f *Faults) Clear() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.next = nil
+}
+
 // Pending is how many calls still go wrong.
 func (f *Faults) Pending() (n int) {
 	f.mu.Lock()
