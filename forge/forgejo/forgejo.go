@@ -32,7 +32,7 @@ import (
 type Config struct {
 	// BaseURL is what people open: https://codeberg.org. A path is allowed.
 	BaseURL string
-	// Token is an access token, or one that an OAuth2 application got. Scopes:
+	// Token is an access token. Scopes:
 	// write:repository, write:issue (comments), read:user (approvals, comments).
 	Token string
 	// TokenFunc gives the token where it changes, as that of an OAuth2 application

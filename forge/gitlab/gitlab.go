@@ -31,7 +31,7 @@ type Config struct {
 	// BaseURL is what people open: https://gitlab.com. A path is allowed.
 	BaseURL string
 	// Token is a project's, a group's or a person's access token with the scope api
-	// and the role Developer, or one that an OAuth application got.
+	// and the role Developer.
 	Token string
 	// TokenFunc gives the token where it changes, as that of an OAuth application
 	// does, and when it expires (zero: it does not). It is asked for every call.
