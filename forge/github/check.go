@@ -99,8 +99,10 @@ func (f *Forge) checkApp(ctx context.Context, o forge.CheckOptions, l *checkup.L
 // permissions are those that are missing.
 func permissions(p *gh.InstallationPermissions, l *checkup.List, whose string) (missing []string) {
 	for _, need := range []struct{ name, have, want string }{
-		{"Checks", p.GetChecks(), "write"}, {"Contents", p.GetContents(), "read"},
-		{"Metadata", p.GetMetadata(), "read"}, {"Pull requests", p.GetPullRequests(), "read"},
+		{"Checks", p.GetChecks(), "write"},
+		{"Contents", p.GetContents(), "read"},
+		{"Metadata", p.GetMetadata(), "read"},
+		{"Pull requests", p.GetPullRequests(), "read"},
 	} {
 		if need.have != "write" && need.have != "admin" && need.have != need.want {
 			missing = append(missing, need.name+": "+need.want)

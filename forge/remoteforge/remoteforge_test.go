@@ -370,6 +370,13 @@ func TestNothingIsLost(t *testing.T) {
 		t.Errorf("Check = %+v, %v", findings, err)
 	}
 	asked("Check", forge.CheckOptions{Repos: []forge.Repo{repo}, WebhookURL: "https://ci"})
+	defer func() { // a plugin that is away is what is found
+		_ = f.Close()
+		found, err := checker.Check(t.Context(), forge.CheckOptions{})
+		if err != nil || len(found) != 1 || found[0].Level != forge.LevelFailure || found[0].Advice == "" {
+			t.Errorf("Check of a plugin that is away: %+v, %v", found, err)
+		}
+	}()
 	if !f.Capabilities().StatusKeysFold {
 		t.Error("that keys fold is lost")
 	}

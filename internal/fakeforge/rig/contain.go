@@ -110,7 +110,7 @@ func (b believer) CloneInfo(_ context.Context, r forge.Repo, _ forge.CloneOption
 // trap is a listener, and a function that says how often it was connected to
 // since it was asked last.
 func trap(t *testing.T) (address string, caught func() int64) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
