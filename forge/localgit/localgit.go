@@ -6,6 +6,9 @@
 // repository that the driver serves, and leaves the original untouched;
 // [Mirror] does the same for a URL.
 //
+// There are no webhooks: a post-receive hook ([InstallHook]) runs a program when
+// somebody has pushed, and [PostReceive] makes events of what git tells it.
+//
 // Statuses are lines of JSON in one file per commit beside the repository: they
 // need neither a lock nor an object in the repository that git would have to
 // collect, and any tool reads them.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 )
 
 // Located is a repository on this machine, and where it is at.
@@ -30,10 +29,7 @@ func Locate(ctx context.Context, dir string) (Located, error) {
 		return Located{}, err
 	}
 	s := snapshot{git: git, from: from}
-	l := Located{Path: from.commonDir, Name: from.name()}
-	if filepath.Base(l.Path) == ".git" {
-		l.Path = filepath.Dir(l.Path)
-	}
+	l := Located{Path: from.path(), Name: from.name()}
 	l.Commit, err = resolve(ctx, git, from.in(), "HEAD")
 	if errors.Is(err, errNoRevision) {
 		err = fmt.Errorf("%w: %s", ErrNoCommits, from.gitDir)

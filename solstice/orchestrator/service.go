@@ -42,12 +42,20 @@ func (v *service) Submit(ctx context.Context, r *pb.SubmitRequest) (*pb.SubmitRe
 		return nil, invalid("no repository is named")
 	}
 	req := solstice.RunRequest{
-		Forge: r.GetForge(), Repo: forge.Repo{Owner: r.GetRepo().GetOwner(), Name: r.GetRepo().GetName(), URL: r.GetRepo().GetUrl()},
+		Forge: r.GetForge(), Repo: forge.Repo{
+			Owner: r.GetRepo().GetOwner(), Name: r.GetRepo().GetName(), URL: r.GetRepo().GetUrl(), DefaultBranch: r.GetRepo().GetDefaultBranch(),
+		},
 		Commit: r.GetCommit(), Ref: r.GetRef(), Workflow: r.GetWorkflow(), Jobs: r.GetJobs(), Inputs: r.GetInputs(),
 		IdempotencyKey: r.GetIdempotencyKey(), Priority: int(r.GetPriority()),
 	}
+	if r.GetEvent() != nil {
+		var err error
+		if req.Event, err = eventOf(r.GetEvent(), req); err != nil {
+			return nil, err
+		}
+	}
 	runs, err := v.e.Submit(ctx, req)
-	if err == nil && len(runs) == 0 && req.Workflow == "" && len(req.Inputs) == 0 {
+	if err == nil && len(runs) == 0 && r.GetEvent() == nil && req.Workflow == "" && len(req.Inputs) == 0 {
 		req.Event = forge.Event{Kind: forge.KindPush}
 		runs, err = v.e.Submit(ctx, req)
 	}
@@ -59,6 +67,28 @@ func (v *service) Submit(ctx context.Context, r *pb.SubmitRequest) (*pb.SubmitRe
 		resp.Runs = append(resp.Runs, runPB(run))
 	}
 	return resp, nil
+}
+
+// eventOf is what was pushed. Whoever may start runs may say that somebody pushed;
+// pull requests, whose trust is decided on what the event says, come from forges only.
+func eventOf(e *pb.Event, r solstice.RunRequest) (forge.Event, error) {
+	out := forge.Event{
+		Kind: forge.Kind(e.GetKind()), Repo: r.Repo, Ref: r.Ref, Commit: r.Commit, Before: e.GetBefore(),
+		Sender: forge.User{Login: e.GetSender()}, Title: e.GetTitle(), Message: e.GetMessage(),
+	}
+	switch {
+	case out.Kind != forge.KindPush && out.Kind != forge.KindTag:
+		return out, invalid("the kind of the event is %.20q, neither push nor tag", e.GetKind())
+	case len(r.Inputs) > 0:
+		return out, invalid("inputs are of a manual start, not of a %s", out.Kind)
+	case len(out.Title) > 1<<10, len(out.Message) > 64<<10, len(out.Sender.Login) > 1<<10:
+		return out, invalid("title, message or sender of the event are too long")
+	case e.GetTime() != nil && e.GetTime().CheckValid() != nil:
+		return out, invalid("the time of the event is none")
+	case e.GetTime() != nil:
+		out.Time = e.GetTime().AsTime()
+	}
+	return out, out.Validate()
 }
 
 // GetRun implements the service.

@@ -426,7 +426,8 @@ type Repo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Owner         string                 `protobuf:"bytes,1,opt,name=owner,proto3" json:"owner,omitempty"` // may have slashes; empty for a local repository
 	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Url           string                 `protobuf:"bytes,3,opt,name=url,proto3" json:"url,omitempty"` // for people
+	Url           string                 `protobuf:"bytes,3,opt,name=url,proto3" json:"url,omitempty"`                                          // for people
+	DefaultBranch string                 `protobuf:"bytes,4,opt,name=default_branch,json=defaultBranch,proto3" json:"default_branch,omitempty"` // of Submit: what a new branch is compared with; may be empty
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -478,6 +479,13 @@ func (x *Repo) GetName() string {
 func (x *Repo) GetUrl() string {
 	if x != nil {
 		return x.Url
+	}
+	return ""
+}
+
+func (x *Repo) GetDefaultBranch() string {
+	if x != nil {
+		return x.DefaultBranch
 	}
 	return ""
 }
@@ -1194,6 +1202,7 @@ type SubmitRequest struct {
 	Jobs           []string               `protobuf:"bytes,7,rep,name=jobs,proto3" json:"jobs,omitempty"`                                                                               // ids; what they need runs as well; empty: all
 	Inputs         map[string]string      `protobuf:"bytes,8,rep,name=inputs,proto3" json:"inputs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // of a manual start
 	Priority       int32                  `protobuf:"varint,9,opt,name=priority,proto3" json:"priority,omitempty"`                                                                      // higher first, -1000 to 1000
+	Event          *Event                 `protobuf:"bytes,10,opt,name=event,proto3" json:"event,omitempty"`                                                                            // why; absent: a manual start, or else a push
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1291,6 +1300,100 @@ func (x *SubmitRequest) GetPriority() int32 {
 	return 0
 }
 
+func (x *SubmitRequest) GetEvent() *Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+// Event is what was pushed to a repository: with it, commit and full ref are
+// needed, and there are no inputs. What a forge says of strangers cannot be said
+// here.
+type Event struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`       // push (of a branch) or tag
+	Before        string                 `protobuf:"bytes,2,opt,name=before,proto3" json:"before,omitempty"`   // of a push: the old commit of the ref; zeros only: it is new
+	Title         string                 `protobuf:"bytes,3,opt,name=title,proto3" json:"title,omitempty"`     // the commit's, up to 1 KiB
+	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"` // the commit's, up to 64 KiB
+	Sender        string                 `protobuf:"bytes,5,opt,name=sender,proto3" json:"sender,omitempty"`   // for people, up to 1 KiB
+	Time          *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=time,proto3" json:"time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Event) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Event) GetBefore() string {
+	if x != nil {
+		return x.Before
+	}
+	return ""
+}
+
+func (x *Event) GetTitle() string {
+	if x != nil {
+		return x.Title
+	}
+	return ""
+}
+
+func (x *Event) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Event) GetSender() string {
+	if x != nil {
+		return x.Sender
+	}
+	return ""
+}
+
+func (x *Event) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
 type SubmitResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Runs          []*Run                 `protobuf:"bytes,1,rep,name=runs,proto3" json:"runs,omitempty"` // with their jobs; none: no workflow is concerned
@@ -1300,7 +1403,7 @@ type SubmitResponse struct {
 
 func (x *SubmitResponse) Reset() {
 	*x = SubmitResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[7]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1415,7 @@ func (x *SubmitResponse) String() string {
 func (*SubmitResponse) ProtoMessage() {}
 
 func (x *SubmitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[7]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1428,7 @@ func (x *SubmitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubmitResponse.ProtoReflect.Descriptor instead.
 func (*SubmitResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{7}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SubmitResponse) GetRuns() []*Run {
@@ -1344,7 +1447,7 @@ type GetRunRequest struct {
 
 func (x *GetRunRequest) Reset() {
 	*x = GetRunRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[8]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1356,7 +1459,7 @@ func (x *GetRunRequest) String() string {
 func (*GetRunRequest) ProtoMessage() {}
 
 func (x *GetRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[8]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1369,7 +1472,7 @@ func (x *GetRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRunRequest.ProtoReflect.Descriptor instead.
 func (*GetRunRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{8}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetRunRequest) GetRunId() string {
@@ -1388,7 +1491,7 @@ type GetRunResponse struct {
 
 func (x *GetRunResponse) Reset() {
 	*x = GetRunResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[9]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1400,7 +1503,7 @@ func (x *GetRunResponse) String() string {
 func (*GetRunResponse) ProtoMessage() {}
 
 func (x *GetRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[9]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1413,7 +1516,7 @@ func (x *GetRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRunResponse.ProtoReflect.Descriptor instead.
 func (*GetRunResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{9}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetRunResponse) GetRun() *Run {
@@ -1438,7 +1541,7 @@ type ListRunsRequest struct {
 
 func (x *ListRunsRequest) Reset() {
 	*x = ListRunsRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[10]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1450,7 +1553,7 @@ func (x *ListRunsRequest) String() string {
 func (*ListRunsRequest) ProtoMessage() {}
 
 func (x *ListRunsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[10]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1463,7 +1566,7 @@ func (x *ListRunsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRunsRequest.ProtoReflect.Descriptor instead.
 func (*ListRunsRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{10}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListRunsRequest) GetPageSize() int32 {
@@ -1525,7 +1628,7 @@ type ListRunsResponse struct {
 
 func (x *ListRunsResponse) Reset() {
 	*x = ListRunsResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[11]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1537,7 +1640,7 @@ func (x *ListRunsResponse) String() string {
 func (*ListRunsResponse) ProtoMessage() {}
 
 func (x *ListRunsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[11]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1550,7 +1653,7 @@ func (x *ListRunsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRunsResponse.ProtoReflect.Descriptor instead.
 func (*ListRunsResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{11}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListRunsResponse) GetRuns() []*Run {
@@ -1576,7 +1679,7 @@ type WatchRunRequest struct {
 
 func (x *WatchRunRequest) Reset() {
 	*x = WatchRunRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[12]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1691,7 @@ func (x *WatchRunRequest) String() string {
 func (*WatchRunRequest) ProtoMessage() {}
 
 func (x *WatchRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[12]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1704,7 @@ func (x *WatchRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRunRequest.ProtoReflect.Descriptor instead.
 func (*WatchRunRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{12}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchRunRequest) GetRunId() string {
@@ -1620,7 +1723,7 @@ type WatchRunResponse struct {
 
 func (x *WatchRunResponse) Reset() {
 	*x = WatchRunResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[13]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1735,7 @@ func (x *WatchRunResponse) String() string {
 func (*WatchRunResponse) ProtoMessage() {}
 
 func (x *WatchRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[13]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +1748,7 @@ func (x *WatchRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRunResponse.ProtoReflect.Descriptor instead.
 func (*WatchRunResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{13}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchRunResponse) GetRun() *Run {
@@ -1665,7 +1768,7 @@ type GetJobRequest struct {
 
 func (x *GetJobRequest) Reset() {
 	*x = GetJobRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[14]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1677,7 +1780,7 @@ func (x *GetJobRequest) String() string {
 func (*GetJobRequest) ProtoMessage() {}
 
 func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[14]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1793,7 @@ func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJobRequest.ProtoReflect.Descriptor instead.
 func (*GetJobRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{14}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GetJobRequest) GetJobId() string {
@@ -1718,7 +1821,7 @@ type GetJobResponse struct {
 
 func (x *GetJobResponse) Reset() {
 	*x = GetJobResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[15]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1730,7 +1833,7 @@ func (x *GetJobResponse) String() string {
 func (*GetJobResponse) ProtoMessage() {}
 
 func (x *GetJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[15]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1743,7 +1846,7 @@ func (x *GetJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJobResponse.ProtoReflect.Descriptor instead.
 func (*GetJobResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{15}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GetJobResponse) GetJob() *Job {
@@ -1780,7 +1883,7 @@ type Waiting struct {
 
 func (x *Waiting) Reset() {
 	*x = Waiting{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[16]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1792,7 +1895,7 @@ func (x *Waiting) String() string {
 func (*Waiting) ProtoMessage() {}
 
 func (x *Waiting) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[16]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1805,7 +1908,7 @@ func (x *Waiting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Waiting.ProtoReflect.Descriptor instead.
 func (*Waiting) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{16}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Waiting) GetReason() WaitReason {
@@ -1856,7 +1959,7 @@ type TailLogRequest struct {
 
 func (x *TailLogRequest) Reset() {
 	*x = TailLogRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[17]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1868,7 +1971,7 @@ func (x *TailLogRequest) String() string {
 func (*TailLogRequest) ProtoMessage() {}
 
 func (x *TailLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[17]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1881,7 +1984,7 @@ func (x *TailLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailLogRequest.ProtoReflect.Descriptor instead.
 func (*TailLogRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{17}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TailLogRequest) GetOf() isTailLogRequest_Of {
@@ -1970,7 +2073,7 @@ type TailLogResponse struct {
 
 func (x *TailLogResponse) Reset() {
 	*x = TailLogResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[18]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1982,7 +2085,7 @@ func (x *TailLogResponse) String() string {
 func (*TailLogResponse) ProtoMessage() {}
 
 func (x *TailLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[18]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1995,7 +2098,7 @@ func (x *TailLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailLogResponse.ProtoReflect.Descriptor instead.
 func (*TailLogResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{18}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TailLogResponse) GetAttempt() *Attempt {
@@ -2045,7 +2148,7 @@ type LogMark struct {
 
 func (x *LogMark) Reset() {
 	*x = LogMark{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[19]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2057,7 +2160,7 @@ func (x *LogMark) String() string {
 func (*LogMark) ProtoMessage() {}
 
 func (x *LogMark) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[19]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2070,7 +2173,7 @@ func (x *LogMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogMark.ProtoReflect.Descriptor instead.
 func (*LogMark) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{19}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LogMark) GetOffset() int64 {
@@ -2111,7 +2214,7 @@ type CancelRunRequest struct {
 
 func (x *CancelRunRequest) Reset() {
 	*x = CancelRunRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[20]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2123,7 +2226,7 @@ func (x *CancelRunRequest) String() string {
 func (*CancelRunRequest) ProtoMessage() {}
 
 func (x *CancelRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[20]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2136,7 +2239,7 @@ func (x *CancelRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRunRequest.ProtoReflect.Descriptor instead.
 func (*CancelRunRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{20}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CancelRunRequest) GetRunId() string {
@@ -2161,7 +2264,7 @@ type CancelRunResponse struct {
 
 func (x *CancelRunResponse) Reset() {
 	*x = CancelRunResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[21]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2173,7 +2276,7 @@ func (x *CancelRunResponse) String() string {
 func (*CancelRunResponse) ProtoMessage() {}
 
 func (x *CancelRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[21]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2186,7 +2289,7 @@ func (x *CancelRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRunResponse.ProtoReflect.Descriptor instead.
 func (*CancelRunResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{21}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{22}
 }
 
 type RerunRunRequest struct {
@@ -2200,7 +2303,7 @@ type RerunRunRequest struct {
 
 func (x *RerunRunRequest) Reset() {
 	*x = RerunRunRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[22]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2212,7 +2315,7 @@ func (x *RerunRunRequest) String() string {
 func (*RerunRunRequest) ProtoMessage() {}
 
 func (x *RerunRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[22]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2225,7 +2328,7 @@ func (x *RerunRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RerunRunRequest.ProtoReflect.Descriptor instead.
 func (*RerunRunRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{22}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RerunRunRequest) GetRunId() string {
@@ -2258,7 +2361,7 @@ type RerunRunResponse struct {
 
 func (x *RerunRunResponse) Reset() {
 	*x = RerunRunResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[23]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2270,7 +2373,7 @@ func (x *RerunRunResponse) String() string {
 func (*RerunRunResponse) ProtoMessage() {}
 
 func (x *RerunRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[23]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2283,7 +2386,7 @@ func (x *RerunRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RerunRunResponse.ProtoReflect.Descriptor instead.
 func (*RerunRunResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{23}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RerunRunResponse) GetRun() *Run {
@@ -2304,7 +2407,7 @@ type ApproveRunRequest struct {
 
 func (x *ApproveRunRequest) Reset() {
 	*x = ApproveRunRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[24]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2316,7 +2419,7 @@ func (x *ApproveRunRequest) String() string {
 func (*ApproveRunRequest) ProtoMessage() {}
 
 func (x *ApproveRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[24]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2329,7 +2432,7 @@ func (x *ApproveRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveRunRequest.ProtoReflect.Descriptor instead.
 func (*ApproveRunRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{24}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ApproveRunRequest) GetRunId() string {
@@ -2355,7 +2458,7 @@ type ApproveRunResponse struct {
 
 func (x *ApproveRunResponse) Reset() {
 	*x = ApproveRunResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[25]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2367,7 +2470,7 @@ func (x *ApproveRunResponse) String() string {
 func (*ApproveRunResponse) ProtoMessage() {}
 
 func (x *ApproveRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[25]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2380,7 +2483,7 @@ func (x *ApproveRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveRunResponse.ProtoReflect.Descriptor instead.
 func (*ApproveRunResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{25}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ApproveRunResponse) GetRun() *Run {
@@ -2398,7 +2501,7 @@ type ListPoolsRequest struct {
 
 func (x *ListPoolsRequest) Reset() {
 	*x = ListPoolsRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[26]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2410,7 +2513,7 @@ func (x *ListPoolsRequest) String() string {
 func (*ListPoolsRequest) ProtoMessage() {}
 
 func (x *ListPoolsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[26]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2423,7 +2526,7 @@ func (x *ListPoolsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoolsRequest.ProtoReflect.Descriptor instead.
 func (*ListPoolsRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{26}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{27}
 }
 
 type ListPoolsResponse struct {
@@ -2435,7 +2538,7 @@ type ListPoolsResponse struct {
 
 func (x *ListPoolsResponse) Reset() {
 	*x = ListPoolsResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[27]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2447,7 +2550,7 @@ func (x *ListPoolsResponse) String() string {
 func (*ListPoolsResponse) ProtoMessage() {}
 
 func (x *ListPoolsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[27]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2460,7 +2563,7 @@ func (x *ListPoolsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoolsResponse.ProtoReflect.Descriptor instead.
 func (*ListPoolsResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{27}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListPoolsResponse) GetPools() []*Pool {
@@ -2491,7 +2594,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[28]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2503,7 +2606,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[28]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2516,7 +2619,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{28}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Pool) GetName() string {
@@ -2621,7 +2724,7 @@ type ListMachinesRequest struct {
 
 func (x *ListMachinesRequest) Reset() {
 	*x = ListMachinesRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[29]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2633,7 +2736,7 @@ func (x *ListMachinesRequest) String() string {
 func (*ListMachinesRequest) ProtoMessage() {}
 
 func (x *ListMachinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[29]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2646,7 +2749,7 @@ func (x *ListMachinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMachinesRequest.ProtoReflect.Descriptor instead.
 func (*ListMachinesRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{29}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListMachinesRequest) GetPool() string {
@@ -2680,7 +2783,7 @@ type ListMachinesResponse struct {
 
 func (x *ListMachinesResponse) Reset() {
 	*x = ListMachinesResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[30]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2692,7 +2795,7 @@ func (x *ListMachinesResponse) String() string {
 func (*ListMachinesResponse) ProtoMessage() {}
 
 func (x *ListMachinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[30]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2705,7 +2808,7 @@ func (x *ListMachinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMachinesResponse.ProtoReflect.Descriptor instead.
 func (*ListMachinesResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{30}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListMachinesResponse) GetMachines() []*Machine {
@@ -2741,7 +2844,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[31]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2753,7 +2856,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[31]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2766,7 +2869,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{31}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Machine) GetId() string {
@@ -2857,7 +2960,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[32]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2869,7 +2972,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[32]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2882,7 +2985,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{32}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CreateTokenRequest) GetName() string {
@@ -2916,7 +3019,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[33]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2928,7 +3031,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[33]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2941,7 +3044,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{33}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateTokenResponse) GetInfo() *TokenInfo {
@@ -2966,7 +3069,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[34]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2978,7 +3081,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[34]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2991,7 +3094,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{34}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{35}
 }
 
 type ListTokensResponse struct {
@@ -3003,7 +3106,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[35]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3015,7 +3118,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[35]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3028,7 +3131,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{35}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListTokensResponse) GetTokens() []*TokenInfo {
@@ -3052,7 +3155,7 @@ type TokenInfo struct {
 
 func (x *TokenInfo) Reset() {
 	*x = TokenInfo{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[36]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3064,7 +3167,7 @@ func (x *TokenInfo) String() string {
 func (*TokenInfo) ProtoMessage() {}
 
 func (x *TokenInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[36]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3077,7 +3180,7 @@ func (x *TokenInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenInfo.ProtoReflect.Descriptor instead.
 func (*TokenInfo) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{36}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *TokenInfo) GetId() string {
@@ -3131,7 +3234,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[37]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3143,7 +3246,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[37]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3156,7 +3259,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{37}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -3174,7 +3277,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[38]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3186,7 +3289,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[38]
+	mi := &file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3199,18 +3302,19 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{38}
+	return file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP(), []int{39}
 }
 
 var File_solstice_orchestrator_v1_orchestrator_proto protoreflect.FileDescriptor
 
 const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\n" +
-	"+solstice/orchestrator/v1/orchestrator.proto\x12\x18solstice.orchestrator.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"B\n" +
+	"+solstice/orchestrator/v1/orchestrator.proto\x12\x18solstice.orchestrator.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"i\n" +
 	"\x04Repo\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
-	"\x03url\x18\x03 \x01(\tR\x03url\"\xc6\x05\n" +
+	"\x03url\x18\x03 \x01(\tR\x03url\x12%\n" +
+	"\x0edefault_branch\x18\x04 \x01(\tR\rdefaultBranch\"\xc6\x05\n" +
 	"\x03Run\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x128\n" +
 	"\x05state\x18\x02 \x01(\x0e2\".solstice.orchestrator.v1.RunStateR\x05state\x12\x14\n" +
@@ -3300,7 +3404,7 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\n" +
 	"started_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12;\n" +
 	"\vfinished_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"finishedAt\"\x80\x03\n" +
+	"finishedAt\"\xb7\x03\n" +
 	"\rSubmitRequest\x12'\n" +
 	"\x0fidempotency_key\x18\x01 \x01(\tR\x0eidempotencyKey\x12\x14\n" +
 	"\x05forge\x18\x02 \x01(\tR\x05forge\x122\n" +
@@ -3310,10 +3414,19 @@ const file_solstice_orchestrator_v1_orchestrator_proto_rawDesc = "" +
 	"\bworkflow\x18\x06 \x01(\tR\bworkflow\x12\x12\n" +
 	"\x04jobs\x18\a \x03(\tR\x04jobs\x12K\n" +
 	"\x06inputs\x18\b \x03(\v23.solstice.orchestrator.v1.SubmitRequest.InputsEntryR\x06inputs\x12\x1a\n" +
-	"\bpriority\x18\t \x01(\x05R\bpriority\x1a9\n" +
+	"\bpriority\x18\t \x01(\x05R\bpriority\x125\n" +
+	"\x05event\x18\n" +
+	" \x01(\v2\x1f.solstice.orchestrator.v1.EventR\x05event\x1a9\n" +
 	"\vInputsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xab\x01\n" +
+	"\x05Event\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x16\n" +
+	"\x06before\x18\x02 \x01(\tR\x06before\x12\x14\n" +
+	"\x05title\x18\x03 \x01(\tR\x05title\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\x12\x16\n" +
+	"\x06sender\x18\x05 \x01(\tR\x06sender\x12.\n" +
+	"\x04time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"C\n" +
 	"\x0eSubmitResponse\x121\n" +
 	"\x04runs\x18\x01 \x03(\v2\x1d.solstice.orchestrator.v1.RunR\x04runs\"&\n" +
 	"\rGetRunRequest\x12\x15\n" +
@@ -3538,7 +3651,7 @@ func file_solstice_orchestrator_v1_orchestrator_proto_rawDescGZIP() []byte {
 }
 
 var file_solstice_orchestrator_v1_orchestrator_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_solstice_orchestrator_v1_orchestrator_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_solstice_orchestrator_v1_orchestrator_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_solstice_orchestrator_v1_orchestrator_proto_goTypes = []any{
 	(RunState)(0),                 // 0: solstice.orchestrator.v1.RunState
 	(JobState)(0),                 // 1: solstice.orchestrator.v1.JobState
@@ -3553,129 +3666,132 @@ var file_solstice_orchestrator_v1_orchestrator_proto_goTypes = []any{
 	(*Attempt)(nil),               // 10: solstice.orchestrator.v1.Attempt
 	(*Step)(nil),                  // 11: solstice.orchestrator.v1.Step
 	(*SubmitRequest)(nil),         // 12: solstice.orchestrator.v1.SubmitRequest
-	(*SubmitResponse)(nil),        // 13: solstice.orchestrator.v1.SubmitResponse
-	(*GetRunRequest)(nil),         // 14: solstice.orchestrator.v1.GetRunRequest
-	(*GetRunResponse)(nil),        // 15: solstice.orchestrator.v1.GetRunResponse
-	(*ListRunsRequest)(nil),       // 16: solstice.orchestrator.v1.ListRunsRequest
-	(*ListRunsResponse)(nil),      // 17: solstice.orchestrator.v1.ListRunsResponse
-	(*WatchRunRequest)(nil),       // 18: solstice.orchestrator.v1.WatchRunRequest
-	(*WatchRunResponse)(nil),      // 19: solstice.orchestrator.v1.WatchRunResponse
-	(*GetJobRequest)(nil),         // 20: solstice.orchestrator.v1.GetJobRequest
-	(*GetJobResponse)(nil),        // 21: solstice.orchestrator.v1.GetJobResponse
-	(*Waiting)(nil),               // 22: solstice.orchestrator.v1.Waiting
-	(*TailLogRequest)(nil),        // 23: solstice.orchestrator.v1.TailLogRequest
-	(*TailLogResponse)(nil),       // 24: solstice.orchestrator.v1.TailLogResponse
-	(*LogMark)(nil),               // 25: solstice.orchestrator.v1.LogMark
-	(*CancelRunRequest)(nil),      // 26: solstice.orchestrator.v1.CancelRunRequest
-	(*CancelRunResponse)(nil),     // 27: solstice.orchestrator.v1.CancelRunResponse
-	(*RerunRunRequest)(nil),       // 28: solstice.orchestrator.v1.RerunRunRequest
-	(*RerunRunResponse)(nil),      // 29: solstice.orchestrator.v1.RerunRunResponse
-	(*ApproveRunRequest)(nil),     // 30: solstice.orchestrator.v1.ApproveRunRequest
-	(*ApproveRunResponse)(nil),    // 31: solstice.orchestrator.v1.ApproveRunResponse
-	(*ListPoolsRequest)(nil),      // 32: solstice.orchestrator.v1.ListPoolsRequest
-	(*ListPoolsResponse)(nil),     // 33: solstice.orchestrator.v1.ListPoolsResponse
-	(*Pool)(nil),                  // 34: solstice.orchestrator.v1.Pool
-	(*ListMachinesRequest)(nil),   // 35: solstice.orchestrator.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),  // 36: solstice.orchestrator.v1.ListMachinesResponse
-	(*Machine)(nil),               // 37: solstice.orchestrator.v1.Machine
-	(*CreateTokenRequest)(nil),    // 38: solstice.orchestrator.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),   // 39: solstice.orchestrator.v1.CreateTokenResponse
-	(*ListTokensRequest)(nil),     // 40: solstice.orchestrator.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),    // 41: solstice.orchestrator.v1.ListTokensResponse
-	(*TokenInfo)(nil),             // 42: solstice.orchestrator.v1.TokenInfo
-	(*RevokeTokenRequest)(nil),    // 43: solstice.orchestrator.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),   // 44: solstice.orchestrator.v1.RevokeTokenResponse
-	nil,                           // 45: solstice.orchestrator.v1.Job.OutputsEntry
-	nil,                           // 46: solstice.orchestrator.v1.SubmitRequest.InputsEntry
-	(*timestamppb.Timestamp)(nil), // 47: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 48: google.protobuf.Duration
+	(*Event)(nil),                 // 13: solstice.orchestrator.v1.Event
+	(*SubmitResponse)(nil),        // 14: solstice.orchestrator.v1.SubmitResponse
+	(*GetRunRequest)(nil),         // 15: solstice.orchestrator.v1.GetRunRequest
+	(*GetRunResponse)(nil),        // 16: solstice.orchestrator.v1.GetRunResponse
+	(*ListRunsRequest)(nil),       // 17: solstice.orchestrator.v1.ListRunsRequest
+	(*ListRunsResponse)(nil),      // 18: solstice.orchestrator.v1.ListRunsResponse
+	(*WatchRunRequest)(nil),       // 19: solstice.orchestrator.v1.WatchRunRequest
+	(*WatchRunResponse)(nil),      // 20: solstice.orchestrator.v1.WatchRunResponse
+	(*GetJobRequest)(nil),         // 21: solstice.orchestrator.v1.GetJobRequest
+	(*GetJobResponse)(nil),        // 22: solstice.orchestrator.v1.GetJobResponse
+	(*Waiting)(nil),               // 23: solstice.orchestrator.v1.Waiting
+	(*TailLogRequest)(nil),        // 24: solstice.orchestrator.v1.TailLogRequest
+	(*TailLogResponse)(nil),       // 25: solstice.orchestrator.v1.TailLogResponse
+	(*LogMark)(nil),               // 26: solstice.orchestrator.v1.LogMark
+	(*CancelRunRequest)(nil),      // 27: solstice.orchestrator.v1.CancelRunRequest
+	(*CancelRunResponse)(nil),     // 28: solstice.orchestrator.v1.CancelRunResponse
+	(*RerunRunRequest)(nil),       // 29: solstice.orchestrator.v1.RerunRunRequest
+	(*RerunRunResponse)(nil),      // 30: solstice.orchestrator.v1.RerunRunResponse
+	(*ApproveRunRequest)(nil),     // 31: solstice.orchestrator.v1.ApproveRunRequest
+	(*ApproveRunResponse)(nil),    // 32: solstice.orchestrator.v1.ApproveRunResponse
+	(*ListPoolsRequest)(nil),      // 33: solstice.orchestrator.v1.ListPoolsRequest
+	(*ListPoolsResponse)(nil),     // 34: solstice.orchestrator.v1.ListPoolsResponse
+	(*Pool)(nil),                  // 35: solstice.orchestrator.v1.Pool
+	(*ListMachinesRequest)(nil),   // 36: solstice.orchestrator.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),  // 37: solstice.orchestrator.v1.ListMachinesResponse
+	(*Machine)(nil),               // 38: solstice.orchestrator.v1.Machine
+	(*CreateTokenRequest)(nil),    // 39: solstice.orchestrator.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),   // 40: solstice.orchestrator.v1.CreateTokenResponse
+	(*ListTokensRequest)(nil),     // 41: solstice.orchestrator.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),    // 42: solstice.orchestrator.v1.ListTokensResponse
+	(*TokenInfo)(nil),             // 43: solstice.orchestrator.v1.TokenInfo
+	(*RevokeTokenRequest)(nil),    // 44: solstice.orchestrator.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),   // 45: solstice.orchestrator.v1.RevokeTokenResponse
+	nil,                           // 46: solstice.orchestrator.v1.Job.OutputsEntry
+	nil,                           // 47: solstice.orchestrator.v1.SubmitRequest.InputsEntry
+	(*timestamppb.Timestamp)(nil), // 48: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 49: google.protobuf.Duration
 }
 var file_solstice_orchestrator_v1_orchestrator_proto_depIdxs = []int32{
 	0,  // 0: solstice.orchestrator.v1.Run.state:type_name -> solstice.orchestrator.v1.RunState
 	6,  // 1: solstice.orchestrator.v1.Run.repo:type_name -> solstice.orchestrator.v1.Repo
 	8,  // 2: solstice.orchestrator.v1.Run.diagnostics:type_name -> solstice.orchestrator.v1.Diagnostic
-	47, // 3: solstice.orchestrator.v1.Run.created_at:type_name -> google.protobuf.Timestamp
-	47, // 4: solstice.orchestrator.v1.Run.started_at:type_name -> google.protobuf.Timestamp
-	47, // 5: solstice.orchestrator.v1.Run.finished_at:type_name -> google.protobuf.Timestamp
+	48, // 3: solstice.orchestrator.v1.Run.created_at:type_name -> google.protobuf.Timestamp
+	48, // 4: solstice.orchestrator.v1.Run.started_at:type_name -> google.protobuf.Timestamp
+	48, // 5: solstice.orchestrator.v1.Run.finished_at:type_name -> google.protobuf.Timestamp
 	9,  // 6: solstice.orchestrator.v1.Run.jobs:type_name -> solstice.orchestrator.v1.Job
 	1,  // 7: solstice.orchestrator.v1.Job.state:type_name -> solstice.orchestrator.v1.JobState
 	3,  // 8: solstice.orchestrator.v1.Job.class:type_name -> solstice.orchestrator.v1.FailureClass
-	45, // 9: solstice.orchestrator.v1.Job.outputs:type_name -> solstice.orchestrator.v1.Job.OutputsEntry
-	47, // 10: solstice.orchestrator.v1.Job.queued_at:type_name -> google.protobuf.Timestamp
-	47, // 11: solstice.orchestrator.v1.Job.started_at:type_name -> google.protobuf.Timestamp
-	47, // 12: solstice.orchestrator.v1.Job.finished_at:type_name -> google.protobuf.Timestamp
+	46, // 9: solstice.orchestrator.v1.Job.outputs:type_name -> solstice.orchestrator.v1.Job.OutputsEntry
+	48, // 10: solstice.orchestrator.v1.Job.queued_at:type_name -> google.protobuf.Timestamp
+	48, // 11: solstice.orchestrator.v1.Job.started_at:type_name -> google.protobuf.Timestamp
+	48, // 12: solstice.orchestrator.v1.Job.finished_at:type_name -> google.protobuf.Timestamp
 	2,  // 13: solstice.orchestrator.v1.Attempt.state:type_name -> solstice.orchestrator.v1.AttemptState
 	3,  // 14: solstice.orchestrator.v1.Attempt.class:type_name -> solstice.orchestrator.v1.FailureClass
-	47, // 15: solstice.orchestrator.v1.Attempt.created_at:type_name -> google.protobuf.Timestamp
-	47, // 16: solstice.orchestrator.v1.Attempt.started_at:type_name -> google.protobuf.Timestamp
-	47, // 17: solstice.orchestrator.v1.Attempt.finished_at:type_name -> google.protobuf.Timestamp
+	48, // 15: solstice.orchestrator.v1.Attempt.created_at:type_name -> google.protobuf.Timestamp
+	48, // 16: solstice.orchestrator.v1.Attempt.started_at:type_name -> google.protobuf.Timestamp
+	48, // 17: solstice.orchestrator.v1.Attempt.finished_at:type_name -> google.protobuf.Timestamp
 	11, // 18: solstice.orchestrator.v1.Attempt.steps:type_name -> solstice.orchestrator.v1.Step
-	47, // 19: solstice.orchestrator.v1.Step.started_at:type_name -> google.protobuf.Timestamp
-	47, // 20: solstice.orchestrator.v1.Step.finished_at:type_name -> google.protobuf.Timestamp
+	48, // 19: solstice.orchestrator.v1.Step.started_at:type_name -> google.protobuf.Timestamp
+	48, // 20: solstice.orchestrator.v1.Step.finished_at:type_name -> google.protobuf.Timestamp
 	6,  // 21: solstice.orchestrator.v1.SubmitRequest.repo:type_name -> solstice.orchestrator.v1.Repo
-	46, // 22: solstice.orchestrator.v1.SubmitRequest.inputs:type_name -> solstice.orchestrator.v1.SubmitRequest.InputsEntry
-	7,  // 23: solstice.orchestrator.v1.SubmitResponse.runs:type_name -> solstice.orchestrator.v1.Run
-	7,  // 24: solstice.orchestrator.v1.GetRunResponse.run:type_name -> solstice.orchestrator.v1.Run
-	6,  // 25: solstice.orchestrator.v1.ListRunsRequest.repo:type_name -> solstice.orchestrator.v1.Repo
-	0,  // 26: solstice.orchestrator.v1.ListRunsRequest.states:type_name -> solstice.orchestrator.v1.RunState
-	7,  // 27: solstice.orchestrator.v1.ListRunsResponse.runs:type_name -> solstice.orchestrator.v1.Run
-	7,  // 28: solstice.orchestrator.v1.WatchRunResponse.run:type_name -> solstice.orchestrator.v1.Run
-	9,  // 29: solstice.orchestrator.v1.GetJobResponse.job:type_name -> solstice.orchestrator.v1.Job
-	10, // 30: solstice.orchestrator.v1.GetJobResponse.attempts:type_name -> solstice.orchestrator.v1.Attempt
-	22, // 31: solstice.orchestrator.v1.GetJobResponse.waiting:type_name -> solstice.orchestrator.v1.Waiting
-	5,  // 32: solstice.orchestrator.v1.Waiting.reason:type_name -> solstice.orchestrator.v1.WaitReason
-	10, // 33: solstice.orchestrator.v1.TailLogResponse.attempt:type_name -> solstice.orchestrator.v1.Attempt
-	25, // 34: solstice.orchestrator.v1.TailLogResponse.marks:type_name -> solstice.orchestrator.v1.LogMark
-	47, // 35: solstice.orchestrator.v1.LogMark.time:type_name -> google.protobuf.Timestamp
-	7,  // 36: solstice.orchestrator.v1.RerunRunResponse.run:type_name -> solstice.orchestrator.v1.Run
-	7,  // 37: solstice.orchestrator.v1.ApproveRunResponse.run:type_name -> solstice.orchestrator.v1.Run
-	34, // 38: solstice.orchestrator.v1.ListPoolsResponse.pools:type_name -> solstice.orchestrator.v1.Pool
-	47, // 39: solstice.orchestrator.v1.Pool.seen_at:type_name -> google.protobuf.Timestamp
-	37, // 40: solstice.orchestrator.v1.ListMachinesResponse.machines:type_name -> solstice.orchestrator.v1.Machine
-	47, // 41: solstice.orchestrator.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	47, // 42: solstice.orchestrator.v1.Machine.contact_at:type_name -> google.protobuf.Timestamp
-	48, // 43: solstice.orchestrator.v1.Machine.age:type_name -> google.protobuf.Duration
-	4,  // 44: solstice.orchestrator.v1.CreateTokenRequest.role:type_name -> solstice.orchestrator.v1.Role
-	48, // 45: solstice.orchestrator.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	42, // 46: solstice.orchestrator.v1.CreateTokenResponse.info:type_name -> solstice.orchestrator.v1.TokenInfo
-	42, // 47: solstice.orchestrator.v1.ListTokensResponse.tokens:type_name -> solstice.orchestrator.v1.TokenInfo
-	4,  // 48: solstice.orchestrator.v1.TokenInfo.role:type_name -> solstice.orchestrator.v1.Role
-	47, // 49: solstice.orchestrator.v1.TokenInfo.created_at:type_name -> google.protobuf.Timestamp
-	47, // 50: solstice.orchestrator.v1.TokenInfo.expires_at:type_name -> google.protobuf.Timestamp
-	47, // 51: solstice.orchestrator.v1.TokenInfo.used_at:type_name -> google.protobuf.Timestamp
-	12, // 52: solstice.orchestrator.v1.OrchestratorService.Submit:input_type -> solstice.orchestrator.v1.SubmitRequest
-	14, // 53: solstice.orchestrator.v1.OrchestratorService.GetRun:input_type -> solstice.orchestrator.v1.GetRunRequest
-	16, // 54: solstice.orchestrator.v1.OrchestratorService.ListRuns:input_type -> solstice.orchestrator.v1.ListRunsRequest
-	18, // 55: solstice.orchestrator.v1.OrchestratorService.WatchRun:input_type -> solstice.orchestrator.v1.WatchRunRequest
-	20, // 56: solstice.orchestrator.v1.OrchestratorService.GetJob:input_type -> solstice.orchestrator.v1.GetJobRequest
-	23, // 57: solstice.orchestrator.v1.OrchestratorService.TailLog:input_type -> solstice.orchestrator.v1.TailLogRequest
-	26, // 58: solstice.orchestrator.v1.OrchestratorService.CancelRun:input_type -> solstice.orchestrator.v1.CancelRunRequest
-	28, // 59: solstice.orchestrator.v1.OrchestratorService.RerunRun:input_type -> solstice.orchestrator.v1.RerunRunRequest
-	30, // 60: solstice.orchestrator.v1.OrchestratorService.ApproveRun:input_type -> solstice.orchestrator.v1.ApproveRunRequest
-	32, // 61: solstice.orchestrator.v1.OrchestratorService.ListPools:input_type -> solstice.orchestrator.v1.ListPoolsRequest
-	35, // 62: solstice.orchestrator.v1.OrchestratorService.ListMachines:input_type -> solstice.orchestrator.v1.ListMachinesRequest
-	38, // 63: solstice.orchestrator.v1.OrchestratorService.CreateToken:input_type -> solstice.orchestrator.v1.CreateTokenRequest
-	40, // 64: solstice.orchestrator.v1.OrchestratorService.ListTokens:input_type -> solstice.orchestrator.v1.ListTokensRequest
-	43, // 65: solstice.orchestrator.v1.OrchestratorService.RevokeToken:input_type -> solstice.orchestrator.v1.RevokeTokenRequest
-	13, // 66: solstice.orchestrator.v1.OrchestratorService.Submit:output_type -> solstice.orchestrator.v1.SubmitResponse
-	15, // 67: solstice.orchestrator.v1.OrchestratorService.GetRun:output_type -> solstice.orchestrator.v1.GetRunResponse
-	17, // 68: solstice.orchestrator.v1.OrchestratorService.ListRuns:output_type -> solstice.orchestrator.v1.ListRunsResponse
-	19, // 69: solstice.orchestrator.v1.OrchestratorService.WatchRun:output_type -> solstice.orchestrator.v1.WatchRunResponse
-	21, // 70: solstice.orchestrator.v1.OrchestratorService.GetJob:output_type -> solstice.orchestrator.v1.GetJobResponse
-	24, // 71: solstice.orchestrator.v1.OrchestratorService.TailLog:output_type -> solstice.orchestrator.v1.TailLogResponse
-	27, // 72: solstice.orchestrator.v1.OrchestratorService.CancelRun:output_type -> solstice.orchestrator.v1.CancelRunResponse
-	29, // 73: solstice.orchestrator.v1.OrchestratorService.RerunRun:output_type -> solstice.orchestrator.v1.RerunRunResponse
-	31, // 74: solstice.orchestrator.v1.OrchestratorService.ApproveRun:output_type -> solstice.orchestrator.v1.ApproveRunResponse
-	33, // 75: solstice.orchestrator.v1.OrchestratorService.ListPools:output_type -> solstice.orchestrator.v1.ListPoolsResponse
-	36, // 76: solstice.orchestrator.v1.OrchestratorService.ListMachines:output_type -> solstice.orchestrator.v1.ListMachinesResponse
-	39, // 77: solstice.orchestrator.v1.OrchestratorService.CreateToken:output_type -> solstice.orchestrator.v1.CreateTokenResponse
-	41, // 78: solstice.orchestrator.v1.OrchestratorService.ListTokens:output_type -> solstice.orchestrator.v1.ListTokensResponse
-	44, // 79: solstice.orchestrator.v1.OrchestratorService.RevokeToken:output_type -> solstice.orchestrator.v1.RevokeTokenResponse
-	66, // [66:80] is the sub-list for method output_type
-	52, // [52:66] is the sub-list for method input_type
-	52, // [52:52] is the sub-list for extension type_name
-	52, // [52:52] is the sub-list for extension extendee
-	0,  // [0:52] is the sub-list for field type_name
+	47, // 22: solstice.orchestrator.v1.SubmitRequest.inputs:type_name -> solstice.orchestrator.v1.SubmitRequest.InputsEntry
+	13, // 23: solstice.orchestrator.v1.SubmitRequest.event:type_name -> solstice.orchestrator.v1.Event
+	48, // 24: solstice.orchestrator.v1.Event.time:type_name -> google.protobuf.Timestamp
+	7,  // 25: solstice.orchestrator.v1.SubmitResponse.runs:type_name -> solstice.orchestrator.v1.Run
+	7,  // 26: solstice.orchestrator.v1.GetRunResponse.run:type_name -> solstice.orchestrator.v1.Run
+	6,  // 27: solstice.orchestrator.v1.ListRunsRequest.repo:type_name -> solstice.orchestrator.v1.Repo
+	0,  // 28: solstice.orchestrator.v1.ListRunsRequest.states:type_name -> solstice.orchestrator.v1.RunState
+	7,  // 29: solstice.orchestrator.v1.ListRunsResponse.runs:type_name -> solstice.orchestrator.v1.Run
+	7,  // 30: solstice.orchestrator.v1.WatchRunResponse.run:type_name -> solstice.orchestrator.v1.Run
+	9,  // 31: solstice.orchestrator.v1.GetJobResponse.job:type_name -> solstice.orchestrator.v1.Job
+	10, // 32: solstice.orchestrator.v1.GetJobResponse.attempts:type_name -> solstice.orchestrator.v1.Attempt
+	23, // 33: solstice.orchestrator.v1.GetJobResponse.waiting:type_name -> solstice.orchestrator.v1.Waiting
+	5,  // 34: solstice.orchestrator.v1.Waiting.reason:type_name -> solstice.orchestrator.v1.WaitReason
+	10, // 35: solstice.orchestrator.v1.TailLogResponse.attempt:type_name -> solstice.orchestrator.v1.Attempt
+	26, // 36: solstice.orchestrator.v1.TailLogResponse.marks:type_name -> solstice.orchestrator.v1.LogMark
+	48, // 37: solstice.orchestrator.v1.LogMark.time:type_name -> google.protobuf.Timestamp
+	7,  // 38: solstice.orchestrator.v1.RerunRunResponse.run:type_name -> solstice.orchestrator.v1.Run
+	7,  // 39: solstice.orchestrator.v1.ApproveRunResponse.run:type_name -> solstice.orchestrator.v1.Run
+	35, // 40: solstice.orchestrator.v1.ListPoolsResponse.pools:type_name -> solstice.orchestrator.v1.Pool
+	48, // 41: solstice.orchestrator.v1.Pool.seen_at:type_name -> google.protobuf.Timestamp
+	38, // 42: solstice.orchestrator.v1.ListMachinesResponse.machines:type_name -> solstice.orchestrator.v1.Machine
+	48, // 43: solstice.orchestrator.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	48, // 44: solstice.orchestrator.v1.Machine.contact_at:type_name -> google.protobuf.Timestamp
+	49, // 45: solstice.orchestrator.v1.Machine.age:type_name -> google.protobuf.Duration
+	4,  // 46: solstice.orchestrator.v1.CreateTokenRequest.role:type_name -> solstice.orchestrator.v1.Role
+	49, // 47: solstice.orchestrator.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	43, // 48: solstice.orchestrator.v1.CreateTokenResponse.info:type_name -> solstice.orchestrator.v1.TokenInfo
+	43, // 49: solstice.orchestrator.v1.ListTokensResponse.tokens:type_name -> solstice.orchestrator.v1.TokenInfo
+	4,  // 50: solstice.orchestrator.v1.TokenInfo.role:type_name -> solstice.orchestrator.v1.Role
+	48, // 51: solstice.orchestrator.v1.TokenInfo.created_at:type_name -> google.protobuf.Timestamp
+	48, // 52: solstice.orchestrator.v1.TokenInfo.expires_at:type_name -> google.protobuf.Timestamp
+	48, // 53: solstice.orchestrator.v1.TokenInfo.used_at:type_name -> google.protobuf.Timestamp
+	12, // 54: solstice.orchestrator.v1.OrchestratorService.Submit:input_type -> solstice.orchestrator.v1.SubmitRequest
+	15, // 55: solstice.orchestrator.v1.OrchestratorService.GetRun:input_type -> solstice.orchestrator.v1.GetRunRequest
+	17, // 56: solstice.orchestrator.v1.OrchestratorService.ListRuns:input_type -> solstice.orchestrator.v1.ListRunsRequest
+	19, // 57: solstice.orchestrator.v1.OrchestratorService.WatchRun:input_type -> solstice.orchestrator.v1.WatchRunRequest
+	21, // 58: solstice.orchestrator.v1.OrchestratorService.GetJob:input_type -> solstice.orchestrator.v1.GetJobRequest
+	24, // 59: solstice.orchestrator.v1.OrchestratorService.TailLog:input_type -> solstice.orchestrator.v1.TailLogRequest
+	27, // 60: solstice.orchestrator.v1.OrchestratorService.CancelRun:input_type -> solstice.orchestrator.v1.CancelRunRequest
+	29, // 61: solstice.orchestrator.v1.OrchestratorService.RerunRun:input_type -> solstice.orchestrator.v1.RerunRunRequest
+	31, // 62: solstice.orchestrator.v1.OrchestratorService.ApproveRun:input_type -> solstice.orchestrator.v1.ApproveRunRequest
+	33, // 63: solstice.orchestrator.v1.OrchestratorService.ListPools:input_type -> solstice.orchestrator.v1.ListPoolsRequest
+	36, // 64: solstice.orchestrator.v1.OrchestratorService.ListMachines:input_type -> solstice.orchestrator.v1.ListMachinesRequest
+	39, // 65: solstice.orchestrator.v1.OrchestratorService.CreateToken:input_type -> solstice.orchestrator.v1.CreateTokenRequest
+	41, // 66: solstice.orchestrator.v1.OrchestratorService.ListTokens:input_type -> solstice.orchestrator.v1.ListTokensRequest
+	44, // 67: solstice.orchestrator.v1.OrchestratorService.RevokeToken:input_type -> solstice.orchestrator.v1.RevokeTokenRequest
+	14, // 68: solstice.orchestrator.v1.OrchestratorService.Submit:output_type -> solstice.orchestrator.v1.SubmitResponse
+	16, // 69: solstice.orchestrator.v1.OrchestratorService.GetRun:output_type -> solstice.orchestrator.v1.GetRunResponse
+	18, // 70: solstice.orchestrator.v1.OrchestratorService.ListRuns:output_type -> solstice.orchestrator.v1.ListRunsResponse
+	20, // 71: solstice.orchestrator.v1.OrchestratorService.WatchRun:output_type -> solstice.orchestrator.v1.WatchRunResponse
+	22, // 72: solstice.orchestrator.v1.OrchestratorService.GetJob:output_type -> solstice.orchestrator.v1.GetJobResponse
+	25, // 73: solstice.orchestrator.v1.OrchestratorService.TailLog:output_type -> solstice.orchestrator.v1.TailLogResponse
+	28, // 74: solstice.orchestrator.v1.OrchestratorService.CancelRun:output_type -> solstice.orchestrator.v1.CancelRunResponse
+	30, // 75: solstice.orchestrator.v1.OrchestratorService.RerunRun:output_type -> solstice.orchestrator.v1.RerunRunResponse
+	32, // 76: solstice.orchestrator.v1.OrchestratorService.ApproveRun:output_type -> solstice.orchestrator.v1.ApproveRunResponse
+	34, // 77: solstice.orchestrator.v1.OrchestratorService.ListPools:output_type -> solstice.orchestrator.v1.ListPoolsResponse
+	37, // 78: solstice.orchestrator.v1.OrchestratorService.ListMachines:output_type -> solstice.orchestrator.v1.ListMachinesResponse
+	40, // 79: solstice.orchestrator.v1.OrchestratorService.CreateToken:output_type -> solstice.orchestrator.v1.CreateTokenResponse
+	42, // 80: solstice.orchestrator.v1.OrchestratorService.ListTokens:output_type -> solstice.orchestrator.v1.ListTokensResponse
+	45, // 81: solstice.orchestrator.v1.OrchestratorService.RevokeToken:output_type -> solstice.orchestrator.v1.RevokeTokenResponse
+	68, // [68:82] is the sub-list for method output_type
+	54, // [54:68] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_solstice_orchestrator_v1_orchestrator_proto_init() }
@@ -3683,7 +3799,7 @@ func file_solstice_orchestrator_v1_orchestrator_proto_init() {
 	if File_solstice_orchestrator_v1_orchestrator_proto != nil {
 		return
 	}
-	file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[17].OneofWrappers = []any{
+	file_solstice_orchestrator_v1_orchestrator_proto_msgTypes[18].OneofWrappers = []any{
 		(*TailLogRequest_AttemptId)(nil),
 		(*TailLogRequest_JobId)(nil),
 	}
@@ -3693,7 +3809,7 @@ func file_solstice_orchestrator_v1_orchestrator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_solstice_orchestrator_v1_orchestrator_proto_rawDesc), len(file_solstice_orchestrator_v1_orchestrator_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   41,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
