@@ -23,6 +23,7 @@ type cli struct {
 	Pools    poolsCmd    `cmd:"" group:"At an orchestrator" help:"List the pools, and what is in use."`
 	Machines machinesCmd `cmd:"" group:"At an orchestrator" help:"List the machines."`
 	Token    tokenCmd    `cmd:"" group:"At an orchestrator" help:"Make, list and revoke tokens."`
+	Hook     hookCmd     `cmd:"" group:"At an orchestrator" help:"Have pushes to a repository on this machine start runs."`
 
 	Image       imageCmd       `cmd:"" group:"For operators" help:"Base images of virtual machines: list, pull, verify or remove them."`
 	Migrate     migrateCmd     `cmd:"" group:"For operators" help:"Change the schema of a database."`
