@@ -59,7 +59,7 @@ func newCrash(t *testing.T, exe string) *crash {
 }
 
 // freeAddr is an address that all orchestrators of a loop listen at.
-func freeAddr(t *testing.T) string {
+func freeAddr(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -30,7 +30,7 @@ var fleetJobs = flag.Int("fleet-jobs", 60, "how many jobs TestFleetCrashLoop bri
 // fleet is orchestrators on one PostgreSQL, one RabbitMQ and one bucket, as
 // their flags say. They share a computer, and so its machines.
 type fleet struct {
-	t        *testing.T
+	t        testing.TB
 	exe      string
 	dirs     []string // state directories
 	addrs    []string // for clients and peers
@@ -43,7 +43,7 @@ type fleet struct {
 	capacity int
 }
 
-func newFleet(t *testing.T, exe string, n int) *fleet {
+func newFleet(t testing.TB, exe string, n int) *fleet {
 	t.Helper()
 	f := &fleet{t: t, exe: exe, database: testenv.Postgres(t), capacity: 4}
 	ca := testenv.NewAuthority(t)

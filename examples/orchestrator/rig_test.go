@@ -47,8 +47,13 @@ func TestMain(m *testing.M) {
 // binary builds the program, once.
 var binary = sync.OnceValues(func() (string, error) { return build("orchestrator") })
 
-// build makes the program, with the race detector if the tests have it.
-func build(name string, flags ...string) (string, error) {
+// commandLine builds the one of people.
+var commandLine = sync.OnceValues(func() (string, error) { return buildOf("../solstice", "solstice") })
+
+func build(name string, flags ...string) (string, error) { return buildOf(".", name, flags...) }
+
+// buildOf makes a program, with the race detector if the tests have it.
+func buildOf(dir, name string, flags ...string) (string, error) {
 	exe := filepath.Join(scratch, name)
 	args := append([]string{"build", "-o", exe}, flags...)
 	if info, ok := debug.ReadBuildInfo(); ok {
@@ -58,7 +63,7 @@ func build(name string, flags ...string) (string, error) {
 			}
 		}
 	}
-	if out, err := exec.Command("go", append(args, ".")...).CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", append(args, dir)...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}
 	return exe, nil
