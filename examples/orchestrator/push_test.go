@@ -69,7 +69,7 @@ func (p *pushed) open(state string, flags ...string) {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	if out, err := commandOf(exe, append([]string{"hook", "install", p.bare}, flags...)...).CombinedOutput(); err != nil {
+	if out, err := commandOf(exe, append([]string{"hook", "install", p.bare, "--wait=3m"}, flags...)...).CombinedOutput(); err != nil {
 		p.t.Fatalf("hook install: %v\n%s", err, out)
 	}
 	p.dir = filepath.Join(state, "statuses")

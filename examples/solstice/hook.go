@@ -35,6 +35,7 @@ type hook struct {
 	Forge    string        `default:"local" placeholder:"NAME" help:"The orchestrator's forge that has the repository (${default})."`
 	RepoRoot string        `env:"REPO_ROOT" default:"/" placeholder:"DIR" help:"Directory of that forge, the orchestrator's --repo-root (${default})."`
 	Wait     time.Duration `default:"10s" placeholder:"TIME" help:"For how long a push waits for an orchestrator that is not there (${default})."`
+	MaxRefs  int           `default:"100" placeholder:"N" help:"How many branches and tags of one push start runs (${default})."`
 
 	connection
 }
@@ -74,8 +75,8 @@ func (c *hookInstallCmd) command() ([]string, error) {
 	if c.Token != "" {
 		return nil, unable("a token is not written into a hook, which others can read", nil, "give a file with --token-file instead of --token or SOLSTICE_TOKEN")
 	}
-	if c.Wait <= 0 {
-		return nil, unable("--wait is not positive", nil, "")
+	if c.Wait <= 0 || c.MaxRefs < 1 {
+		return nil, unable("--wait or --max-refs is not positive", nil, "correct it")
 	}
 	cl, err := c.dial() // for what it says of the flags
 	if err != nil {
@@ -91,7 +92,10 @@ func (c *hookInstallCmd) command() ([]string, error) {
 			return nil, unable("this program is gone when go run is over", nil, "build it and run that, or give --program")
 		}
 	}
-	words := []string{program, "hook", "post-receive", "--server=" + c.Server, "--forge=" + c.Forge, "--wait=" + c.Wait.String(), fmt.Sprint("--grpc-timeout-ms=", c.GRPCTimeoutMS)}
+	words := []string{
+		program, "hook", "post-receive", "--server=" + c.Server, "--forge=" + c.Forge,
+		"--wait=" + c.Wait.String(), fmt.Sprint("--max-refs=", c.MaxRefs),
+	}
 	paths := []struct{ flag, path string }{{"--repo-root=", c.RepoRoot}, {"--token-file=", c.TokenFile}, {"--ca=", c.CA}, {"--client-cert=", c.ClientCert}, {"--client-key=", c.ClientKey}}
 	if c.local() {
 		paths = append(paths, struct{ flag, path string }{"--state-dir=", c.StateDir})
@@ -129,7 +133,7 @@ func (c *hookPostReceiveCmd) Run(e *env) error {
 }
 
 func (c *hookPostReceiveCmd) run(ctx context.Context) error {
-	push, err := localgit.PostReceive(ctx, ".", os.Stdin, localgit.PostReceiveOptions{Root: c.RepoRoot})
+	push, err := localgit.PostReceive(ctx, ".", os.Stdin, localgit.PostReceiveOptions{Root: c.RepoRoot, MaxEvents: c.MaxRefs})
 	if err != nil {
 		return problem("nothing was started for this push", err, "start it by hand: solstice enqueue")
 	}
@@ -258,7 +262,9 @@ func (c *hookPostReceiveCmd) left(events []forge.Event, key string) {
 func (c *hookPostReceiveCmd) failed(err error) { daemon.Render(os.Stderr, err) }
 
 // say tells the pusher.
-func say(format string, args ...any) { newScreen(os.Stdout, false, nil).printf("solstice: "+format, args...) }
+func say(format string, args ...any) {
+	newScreen(os.Stdout, false, nil).printf("solstice: "+format, args...)
+}
 
 // quoted is a word for sh.
 func quoted(s string) string {
