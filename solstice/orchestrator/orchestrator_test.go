@@ -21,6 +21,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/solstice-ci/solstice-go/blobstore/memblob"
 	"github.com/solstice-ci/solstice-go/forge"
@@ -390,5 +391,58 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 	if _, err := orchestrator.ParseRole("root"); err == nil {
 		t.Error("root is a role")
+	}
+}
+
+// TestSubmitEvent: who may start runs may say what was pushed, and nothing else.
+func TestSubmitEvent(t *testing.T) {
+	r := newRig(t, testenv.SQLite(t))
+	_, secret, err := r.tokens.Create(t.Context(), "writer", orchestrator.Write, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	commit := strings.Repeat("b", 40)
+	request := func(change func(*pb.SubmitRequest)) *pb.SubmitRequest {
+		q := &pb.SubmitRequest{
+			IdempotencyKey: "k", Repo: &pb.Repo{Name: "r"}, Commit: commit, Ref: "refs/heads/main",
+			Event: &pb.Event{Kind: "push", Before: strings.Repeat("0", 40), Title: "t", Message: "t\n", Sender: "Ann", Time: timestamppb.Now()},
+		}
+		change(q)
+		return q
+	}
+	ctx, cancel := r.as(r.secret, patience)
+	defer cancel()
+	if _, err := r.client.Submit(ctx, request(func(*pb.SubmitRequest) {})); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a reader: %v", err)
+	}
+	ctx, cancel = r.as(secret, patience)
+	defer cancel()
+	for name, change := range map[string]func(*pb.SubmitRequest){
+		"a pull request":   func(q *pb.SubmitRequest) { q.Event.Kind = "pull_request" },
+		"an approval":      func(q *pb.SubmitRequest) { q.Event.Kind = "approve" },
+		"no kind":          func(q *pb.SubmitRequest) { q.Event.Kind = "" },
+		"no commit":        func(q *pb.SubmitRequest) { q.Commit = "" },
+		"a short ref":      func(q *pb.SubmitRequest) { q.Ref = "main" },
+		"another's ref":    func(q *pb.SubmitRequest) { q.Event.Kind = "tag" },
+		"a strange before": func(q *pb.SubmitRequest) { q.Event.Before = "main" },
+		"inputs":           func(q *pb.SubmitRequest) { q.Inputs = map[string]string{"a": "b"} },
+		"a long message":   func(q *pb.SubmitRequest) { q.Event.Message = strings.Repeat("x", 64<<10+1) },
+		"no time":          func(q *pb.SubmitRequest) { q.Event.Time.Nanos = -1 },
+	} {
+		if resp, err := r.client.Submit(ctx, request(change)); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%s: %v, %v", name, resp, err)
+		}
+	}
+	first, err := r.client.Submit(ctx, request(func(*pb.SubmitRequest) {}))
+	if err != nil || len(first.GetRuns()) != 1 || first.GetRuns()[0].GetEvent() != "push" || first.GetRuns()[0].GetCommit() != commit {
+		t.Fatalf("a push: %v, %v", first, err)
+	}
+	again, err := r.client.Submit(ctx, request(func(*pb.SubmitRequest) {}))
+	if err != nil || len(again.GetRuns()) != 1 || again.GetRuns()[0].GetId() != first.GetRuns()[0].GetId() {
+		t.Errorf("the same again: %v, %v", again, err)
+	}
+	skipped, err := r.client.Submit(ctx, request(func(q *pb.SubmitRequest) { q.IdempotencyKey, q.Event.Message = "k2", "x [skip ci]" }))
+	if err != nil || len(skipped.GetRuns()) != 0 {
+		t.Errorf("not wanted: %v, %v", skipped, err)
 	}
 }
