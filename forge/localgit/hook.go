@@ -25,7 +25,7 @@ type HookOptions struct {
 	Git string
 }
 
-// HookError: the repository has a post-receive hook that is not ours.
+// HookError says that the repository has a post-receive hook that is not ours.
 type HookError struct {
 	Path string
 	Line string // of sh, to be added to it, with what git wrote as its standard input
