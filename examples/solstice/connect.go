@@ -25,7 +25,7 @@ type connection struct {
 	CA            string        `group:"Server" name:"ca" env:"SOLSTICE_CA" placeholder:"FILE" help:"PEM file of the authorities that may sign the server's certificate. Default: the system's, and for a server on this machine ca.pem in the state directory."`
 	ClientCert    string        `group:"Server" env:"SOLSTICE_CLIENT_CERT" placeholder:"FILE" help:"PEM file of a client certificate."`
 	ClientKey     string        `group:"Server" env:"SOLSTICE_CLIENT_KEY" placeholder:"FILE" help:"PEM file of its key."`
-	StateDir      string        `group:"Server" env:"STATE_DIR" default:"${state_dir}" placeholder:"DIR" help:"State directory of an orchestrator on this machine (${default})."`
+	StateDir      string        `group:"Server" env:"STATE_DIR" default:"${state_dir}" placeholder:"DIR" help:"State directory of an orchestrator on this machine (${state_dir})."`
 	GRPCTimeoutMS int           `group:"Server" name:"grpc-timeout-ms" env:"GRPC_TIMEOUT_MS" default:"10000" help:"Longest wait for an answer."`
 	RetryFor      time.Duration `group:"Server" env:"SOLSTICE_RETRY_FOR" default:"5m" placeholder:"TIME" help:"For how long followers try again when the orchestrator went away; 0: not at all (${default})."`
 }

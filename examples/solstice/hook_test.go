@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -134,6 +135,13 @@ func TestHook(t *testing.T) {
 	has(t, "another branch", push(t, dir, "main:topic"), "solstice: refs/heads/topic: no workflow is concerned")
 	if out := push(t, dir, ":topic"); strings.Contains(out, "solstice") {
 		t.Errorf("a branch goes: %s", out)
+	}
+
+	// Some servers of git give no more of an environment.
+	cmd := exec.CommandContext(t.Context(), filepath.Join(bare, "hooks", "post-receive"))
+	cmd.Dir, cmd.Env = bare, []string{"GIT_DIR=."}
+	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("without an environment: %v\n%s", err, out)
 	}
 
 	// From A to B, back and again is a push each.
