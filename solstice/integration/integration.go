@@ -32,7 +32,6 @@ import (
 	noopmetric "go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/trace"
 	nooptrace "go.opentelemetry.io/otel/trace/noop"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/internal/relay"
@@ -71,7 +70,9 @@ type Config struct {
 
 	MaxBodyBytes int64         // of a webhook; 25 MiB, what GitHub sends at most
 	BodyTimeout  time.Duration // until a body has arrived; 10 s
-	MaxRequests  int           // at once, the rest is told to come again; 64
+	// MaxRequests is how many are read, wait or are worked on at once; 1,024. One more
+	// ends that which has been sending its body for longest, if one is.
+	MaxRequests int
 	// DuplicateBody is for how long the same body is the same webhook; 24 h.
 	DuplicateBody time.Duration
 	Tick          time.Duration // of the slow looks at what is to be sent; 5 s
@@ -87,6 +88,10 @@ const lease = 30 * time.Second
 // roomFor is how many bodies of the largest size are in memory at once; of smaller
 // ones more.
 const roomFor = 4
+
+// atWork is how many webhooks that have arrived are looked into and written down at
+// once; others wait.
+const atWork = 32
 
 // instanceName is what a path and a topic may have.
 var instanceName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
@@ -129,7 +134,7 @@ func (c *Config) fill() error {
 	}
 	orDefault(&c.MaxBodyBytes, 25<<20)
 	orDefault(&c.BodyTimeout, 10*time.Second)
-	orDefault(&c.MaxRequests, 64)
+	orDefault(&c.MaxRequests, 1024)
 	orDefault(&c.DuplicateBody, 24*time.Hour)
 	orDefault(&c.Tick, 5*time.Second)
 	if c.Logger == nil {
@@ -159,8 +164,8 @@ type Integration struct {
 	log      *slog.Logger
 	tracer   trace.Tracer
 	webhooks metric.Int64Counter
-	room     *semaphore.Weighted // bytes of bodies
-	slots    chan struct{}
+	room     *room
+	slots    chan struct{} // of what is worked on
 	kick     chan struct{}
 
 	mu         sync.Mutex
@@ -180,7 +185,7 @@ func New(ctx context.Context, cfg Config) (*Integration, error) {
 	const scope = "github.com/solstice-ci/solstice-go/solstice/integration"
 	in := &Integration{
 		cfg: cfg, id: uuid.NewString(), store: s, log: cfg.Logger, tracer: cfg.TracerProvider.Tracer(scope),
-		room: semaphore.NewWeighted(roomFor * cfg.MaxBodyBytes), slots: make(chan struct{}, cfg.MaxRequests), kick: make(chan struct{}, 1),
+		room: &room{places: cfg.MaxRequests, bytes: roomFor * cfg.MaxBodyBytes}, slots: make(chan struct{}, atWork), kick: make(chan struct{}, 1),
 		complaints: map[string]complaint{},
 	}
 	in.webhooks, err = cfg.MeterProvider.Meter(scope).Int64Counter("solstice.webhooks",

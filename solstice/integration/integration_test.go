@@ -432,6 +432,55 @@ func TestFloods(t *testing.T) {
 	}
 }
 
+// TestSlow: however many send slowly, and as often as they come again, a webhook that
+// does not is taken.
+func TestSlow(t *testing.T) {
+	const places = 8
+	r := newRig(t, testenv.SQLite(t), func(c *integration.Config) {
+		c.MaxBodyBytes, c.BodyTimeout, c.MaxRequests = 256<<10, time.Hour, places
+	})
+	var slow sync.WaitGroup
+	defer slow.Wait()
+	var madeWay atomic.Int64
+	begun := 0
+	for round := range 3 {
+		for what, part := range map[string]string{
+			"a few bytes of many":    "Content-Length: 250000\r\n\r\nslow",
+			"of who knows how many":  "Transfer-Encoding: chunked\r\n\r\n4\r\nslow\r\n",
+			"nearly all, to be kept": "Content-Length: 250000\r\n\r\n" + strings.Repeat("x", 240<<10),
+		} {
+			for range 2 * places {
+				begun++
+				c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", r.srv.Listener.Addr().String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				slow.Go(func() {
+					_, _ = io.WriteString(c, "POST /webhooks/f HTTP/1.1\r\nHost: x\r\n"+part)
+					b := make([]byte, 64)
+					if n, err := c.Read(b); err == nil {
+						if got := string(b[:n]); !strings.HasPrefix(got, "HTTP/1.1 503") {
+							t.Errorf("%s: %q", what, got)
+						}
+						madeWay.Add(1)
+					}
+				})
+			}
+			r.eventually("only as many as there are places", func() bool { return madeWay.Load() >= int64(begun-places) })
+			for i := range 3 {
+				id := fmt.Sprint(what, round, i)
+				if s, text := r.good(id, push("acme", id)); s != 202 || !strings.HasPrefix(text, "accepted") {
+					t.Errorf("a webhook among those that send %s: %d %s", what, s, text)
+				}
+			}
+		}
+	}
+	if n := madeWay.Load(); n == int64(begun) {
+		t.Errorf("all %d had to make way", n)
+	}
+}
+
 // TestConfig: what cannot be is said, all of it.
 func TestConfig(t *testing.T) {
 	_, err := integration.New(t.Context(), integration.Config{

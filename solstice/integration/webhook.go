@@ -37,7 +37,14 @@ type outcome struct {
 var (
 	errBusy = outcome{http.StatusServiceUnavailable, "busy", "too many webhooks at once; deliver it again", true}
 	errBody = outcome{http.StatusRequestEntityTooLarge, "too_large", "the body is too large", false}
+	errSlow = outcome{http.StatusRequestTimeout, "slow", "the body took too long", false}
+
+	errCutOff = outcome{http.StatusBadRequest, "cut_off", "the body could not be read", false}
 )
+
+// waits is how long a webhook that has arrived waits for those before it, as while the
+// database is slow: forges wait for 10 s, and some deliver nothing again by themselves.
+const waits = 5 * time.Second
 
 // ServeHTTP takes a webhook at Prefix + NAME. It answers 202 for what it has written
 // down, also where that starts nothing; 401 for a wrong signature; 400 or 413 for
@@ -67,33 +74,20 @@ func (in *Integration) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (in *Integration) take(w http.ResponseWriter, r *http.Request, name string, f Instance) outcome {
 	// Bounds first: nothing has been believed yet.
-	if r.ContentLength > in.cfg.MaxBodyBytes {
-		return errBody
+	body, place, o := in.arrive(w, r)
+	if place == nil {
+		w.Header().Set("Connection", "close") // instead of waiting for the rest
+		return o
 	}
-	size := r.ContentLength
-	if size < 0 {
-		size = in.cfg.MaxBodyBytes
-	}
-	if !in.room.TryAcquire(size) {
-		return errBusy
-	}
-	defer in.room.Release(size)
+	defer place.leave()
 	select {
 	case in.slots <- struct{}{}:
-		defer func() { <-in.slots }()
-	default:
+	case <-time.After(waits):
 		return errBusy
+	case <-r.Context().Done():
+		return errCutOff
 	}
-	body, err := in.read(w, r)
-	var tooLarge *http.MaxBytesError
-	switch {
-	case errors.As(err, &tooLarge):
-		return errBody
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return outcome{http.StatusRequestTimeout, "slow", "the body took too long", false}
-	case err != nil:
-		return outcome{http.StatusBadRequest, "cut_off", "the body could not be read", false}
-	}
+	defer func() { <-in.slots }()
 
 	ctx, span := in.tracer.Start(r.Context(), "webhook", trace.WithNewRoot(), trace.WithSpanKind(trace.SpanKindServer), trace.WithAttributes(attribute.String("forge", name)))
 	defer span.End()
@@ -106,21 +100,65 @@ func (in *Integration) take(w http.ResponseWriter, r *http.Request, name string,
 	return o
 }
 
-// read reads the body, within the time that it has.
-func (in *Integration) read(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+// arrive reads the body, within the time and the room that there is for it, and gives
+// the place that it has; nil: it has not arrived, and why.
+func (in *Integration) arrive(w http.ResponseWriter, r *http.Request) ([]byte, *guest, outcome) {
+	if r.ContentLength > in.cfg.MaxBodyBytes {
+		return nil, nil, errBody
+	}
 	c := http.NewResponseController(w)
 	if err := c.SetReadDeadline(time.Now().Add(in.cfg.BodyTimeout)); err != nil && !errors.Is(err, http.ErrNotSupported) {
-		return nil, err
+		return nil, nil, errCutOff
 	}
-	var b bytes.Buffer
-	if r.ContentLength > 0 {
-		b.Grow(int(r.ContentLength) + bytes.MinRead)
+	g := in.room.enter(func() { _ = c.SetReadDeadline(time.Now()) })
+	if g == nil {
+		return nil, nil, errBusy
 	}
-	_, err := b.ReadFrom(http.MaxBytesReader(w, r.Body, in.cfg.MaxBodyBytes))
-	if err == nil {
+	first, size := int64(64<<10), r.ContentLength
+	if size < 0 { // it is not said
+		first, size = 4<<10, in.cfg.MaxBodyBytes
+	}
+	body, err := read(http.MaxBytesReader(w, r.Body, in.cfg.MaxBodyBytes), first, size, g)
+	o := errCutOff
+	var tooLarge *http.MaxBytesError
+	switch {
+	case !g.arrived(), errors.Is(err, errNoRoom):
+		o = errBusy
+	case err == nil:
 		_ = c.SetReadDeadline(time.Time{})
+		return body, g, outcome{}
+	case errors.As(err, &tooLarge):
+		o = errBody
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		o = errSlow
 	}
-	return b.Bytes(), err
+	g.leave()
+	return nil, nil, o
+}
+
+var errNoRoom = errors.New("integration: no room for the body")
+
+// read reads a body of at most size bytes into about as much memory as has arrived of
+// it; first is how much that is to begin with.
+func read(r io.Reader, first, size int64, g *guest) ([]byte, error) {
+	var b []byte
+	for {
+		if have := int64(len(b)); len(b) == cap(b) {
+			more := min(max(first, have), size+1-have) // one more shows the end
+			if !g.grow(more) {
+				return nil, errNoRoom
+			}
+			b = append(make([]byte, 0, have+more), b...)
+		}
+		n, err := r.Read(b[len(b):cap(b)])
+		b = b[:len(b)+n]
+		if errors.Is(err, io.EOF) {
+			return b, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 }
 
 // parse asks the driver, whose panic costs one request.
