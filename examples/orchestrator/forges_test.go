@@ -18,7 +18,7 @@ import (
 	pb "github.com/solstice-ci/solstice-go/solstice/api/orchestratorv1"
 )
 
-// forgejo is a forge with a repository, and an orchestrator that has it.
+// forgejo is a forge, and an orchestrator that has it.
 type forgejo struct {
 	*process
 	t      *testing.T
@@ -28,7 +28,7 @@ type forgejo struct {
 	sent   int
 }
 
-func newForgejo(t *testing.T) *forgejo {
+func newForgejo(t *testing.T, repos ...string) *forgejo {
 	t.Helper()
 	server, err := fake.New(t.Context(), t.TempDir())
 	if err != nil {
@@ -36,8 +36,10 @@ func newForgejo(t *testing.T) *forgejo {
 	}
 	f := &forgejo{t: t, server: server, web: httptest.NewServer(server.Handler())}
 	t.Cleanup(f.web.Close)
-	if err := server.Repos.Create(t.Context(), "acme/widget"); err != nil {
-		t.Fatal(err)
+	for _, repo := range repos {
+		if err := server.Repos.Create(t.Context(), repo); err != nil {
+			t.Fatal(err)
+		}
 	}
 	dir := t.TempDir()
 	for name, text := range map[string]string{
@@ -49,7 +51,6 @@ func newForgejo(t *testing.T) *forgejo {
 		}
 	}
 	f.args = []string{"--forges", filepath.Join(dir, "forges.yaml"), "--public-url", publicURL}
-	f.process = start(t, t.TempDir(), f.args...)
 	return f
 }
 
@@ -152,7 +153,8 @@ const hello = "jobs: { test: { matrix: { n: [1, 2] }, steps: [{ run: 'cat hello'
 // TestForge: pushes and pull requests at a forge become runs, whose results stand
 // beside the commits, in order and once, whatever goes wrong in between.
 func TestForge(t *testing.T) {
-	f := newForgejo(t)
+	f := newForgejo(t, "acme/widget")
+	f.process = start(t, t.TempDir(), f.args...)
 	c, ctx := f.client()
 	runs := func() []*pb.Run {
 		t.Helper()

@@ -1,0 +1,308 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/uptrace/bun"
+
+	fake "github.com/solstice-ci/solstice-go/internal/fakeforge/forgejo" //nolint:depguard // the test is not part of the main that is copied
+	"github.com/solstice-ci/solstice-go/internal/testenv"                //nolint:depguard // the same
+	"github.com/solstice-ci/solstice-go/solstice/agent"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/storage"
+)
+
+// ".mise/tasks/test/load" has a minute of 200 a second, 10,000 forged ones and more
+// kills.
+var (
+	loadFor  = flag.Duration("load-for", 4*time.Second, "how long the load tests send webhooks")
+	loadRate = flag.Int("load-rate", 100, "how many a second")
+)
+
+// load is a forge with several repositories, whose webhooks come to an orchestrator.
+type load struct {
+	*forgejo
+	database string
+	http     string // where webhooks go
+	client   *http.Client
+	repos    []string
+	pushes   [][]byte // by repository: the body of one push
+	commits  [][]string
+	sent     int // hooks made
+}
+
+// skipped is a workflow that takes no machine: what is measured is what is before that.
+const skipped = "jobs: { test: { if: \"false\", steps: [{ run: 'true' }] } }\n"
+
+// newLoad has n commits for webhooks.
+func newLoad(t *testing.T, n int, database string, args ...string) *load {
+	t.Helper()
+	var repos []string
+	for i := range 8 {
+		repos = append(repos, fmt.Sprint("acme/widget", i))
+	}
+	l := &load{forgejo: newForgejo(t, repos...), repos: repos, database: database, http: freeAddr(t)}
+	l.args = append(append(l.args, "--http-addr="+l.http), args...)
+	l.client = &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConns: 1024, MaxIdleConnsPerHost: 1024}}
+	t.Cleanup(l.client.CloseIdleConnections)
+	for _, repo := range repos {
+		var in strings.Builder
+		for i := range n/len(repos) + 1 {
+			message := fmt.Sprintf("change %d\n", i)
+			fmt.Fprintf(&in, "commit refs/heads/main\ncommitter A <a@example.org> 1700000000 +0000\ndata %d\n%s\n", len(message), message)
+			fmt.Fprintf(&in, "M 100644 inline .solstice/workflow.yaml\ndata %d\n%s\n", len(skipped), skipped)
+		}
+		if _, err := l.server.Repos.Git(t.Context(), repo, in.String(), "fast-import", "--quiet"); err != nil {
+			t.Fatal(err)
+		}
+		all, err := l.server.Repos.Git(t.Context(), repo, "", "rev-list", "--reverse", "main")
+		if err != nil {
+			t.Fatal(err)
+		}
+		commits := strings.Fields(all)
+		body, err := l.server.Push(t.Context(), l.web.URL, repo, "refs/heads/main", strings.Repeat("0", 40), commits[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.commits, l.pushes = append(l.commits, commits), append(l.pushes, body)
+	}
+	return l
+}
+
+// withParts are the arguments for PostgreSQL and RabbitMQ, and the database.
+func withParts(t *testing.T) (database string, args []string) {
+	t.Helper()
+	database = testenv.Postgres(t)
+	ca := testenv.NewAuthority(t)
+	cert := ca.Issue(t, "orchestrator", "127.0.0.1", agent.ServerName)
+	return database, []string{
+		"--database-url", database, "--auto-migrate", "--amqp-url", testenv.SharedRabbitMQ(t).VHost(t),
+		"--grpc-tls-cert", cert.Cert, "--grpc-tls-key", cert.Key,
+		"--agent-tls-cert", cert.Cert, "--agent-tls-key", cert.Key, "--agent-tls-ca", cert.CA,
+	}
+}
+
+// hook is a webhook.
+type hook struct {
+	delivery string
+	body     []byte
+}
+
+// hooks are n that were not made before.
+func (l *load) hooks(n int) []hook {
+	out := make([]hook, n)
+	for i := range out {
+		repo, at := l.sent%len(l.repos), l.sent/len(l.repos)
+		body := bytes.ReplaceAll(l.pushes[repo], []byte(l.commits[repo][0]), []byte(l.commits[repo][at]))
+		out[i] = hook{fmt.Sprintf("00000000-0000-4000-8000-%012d", l.sent), body}
+		l.sent++
+	}
+	return out
+}
+
+// answer to a webhook; status 0: there was none.
+type answer struct {
+	status int
+	took   time.Duration // since the webhook was to be sent
+}
+
+// post sends a webhook to a host.
+func (l *load) post(h hook, host, secret string) (status int) {
+	r, err := fake.Request(context.Background(), "http://"+host+"/webhooks/codeberg", "push", h.delivery, h.body, []byte(secret))
+	if err != nil {
+		return 0
+	}
+	resp, err := l.client.Do(r)
+	if err != nil {
+		return 0
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil { // cut off: who knows what it would have said
+		return 0
+	}
+	return resp.StatusCode
+}
+
+// offer sends webhooks each at its time, however long others take.
+func offer(hooks []hook, rate int, send func(hook) int) []answer {
+	out := make([]answer, len(hooks))
+	began := time.Now()
+	var wg sync.WaitGroup
+	for i, h := range hooks {
+		at := began.Add(time.Duration(i) * time.Second / time.Duration(rate))
+		time.Sleep(time.Until(at))
+		wg.Go(func() { out[i].status = send(h); out[i].took = time.Since(at) })
+	}
+	wg.Wait()
+	return out
+}
+
+// figures of answers, for people.
+func figures(answers []answer) (text string, p99 time.Duration) {
+	took := make([]time.Duration, len(answers))
+	status := map[int]int{}
+	for i, a := range answers {
+		took[i] = a.took
+		status[a.status]++
+	}
+	slices.Sort(took)
+	at := func(q float64) time.Duration { return took[int(q*float64(len(took)-1))].Round(10 * time.Microsecond) }
+	return fmt.Sprintf("%v, p50 %v, p90 %v, p99 %v, most %v", status, at(.5), at(.9), at(.99), at(1)), at(.99)
+}
+
+// bare answers a webhook as cheaply as one can: the body is read and its signature
+// computed.
+func bare() *httptest.Server {
+	return httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			return
+		}
+		mac := hmac.New(sha256.New, []byte("s3cret"))
+		mac.Write(body)
+		w.Header().Set("X-Sum", fmt.Sprintf("%x", mac.Sum(nil)))
+		w.WriteHeader(http.StatusAccepted)
+	}))
+}
+
+func (l *load) open() *bun.DB {
+	db, err := storage.Database{DatabaseURL: l.database, DBPoolMaxSize: 2, DBPoolTimeoutMS: 60000}.Open(context.WithoutCancel(l.t.Context()), l.dir, nil)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(func() { _ = db.Close() })
+	return db
+}
+
+// counts gives how many rows of a table each delivery has.
+func (l *load) counts(db *bun.DB, from string) map[string]int {
+	l.t.Helper()
+	var rows []struct {
+		Delivery string
+		N        int
+	}
+	if err := db.NewRaw("SELECT delivery, count(*) AS n FROM "+from+" GROUP BY delivery").Scan(l.t.Context(), &rows); err != nil {
+		l.t.Fatal(err)
+	}
+	out := map[string]int{}
+	for _, r := range rows {
+		out[r.Delivery] = r.N
+	}
+	return out
+}
+
+func (l *load) count(db *bun.DB, from string) (n int) {
+	l.t.Helper()
+	if err := db.NewRaw("SELECT count(*) FROM "+from).Scan(l.t.Context(), &n); err != nil {
+		l.t.Fatal(err)
+	}
+	return n
+}
+
+// settle waits while what left still gets less.
+func (l *load) settle(what string, left func() int) time.Duration {
+	l.t.Helper()
+	began := time.Now()
+	last, since := left(), began
+	for n := last; n > 0; n = left() {
+		if n < last {
+			last, since = n, time.Now()
+		} else if time.Since(since) > patience {
+			l.t.Fatalf("%d %s do not go away", n, what)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return time.Since(began)
+}
+
+// limit is of memory that may come on top, without the race detector.
+func limit(bytes int64) int64 {
+	if info, ok := debug.ReadBuildInfo(); ok && strings.Contains(fmt.Sprint(info.Settings), "{-race true}") {
+		return bytes * 4 // the detector keeps a shadow of all memory
+	}
+	return bytes
+}
+
+// TestLoad: of many webhooks each is written down once and has one run, while the
+// engine works in the same process; how long the answers take is for people to read.
+func TestLoad(t *testing.T) {
+	for _, kind := range []string{"postgres", "sqlite"} {
+		t.Run(kind, func(t *testing.T) {
+			database, args := "", []string{"--amqp-url", testenv.SharedRabbitMQ(t).VHost(t)}
+			if kind == "postgres" {
+				database, args = withParts(t)
+			}
+			n := int(loadFor.Seconds() * float64(*loadRate))
+			l := newLoad(t, n+1, database, args...)
+			l.process = start(t, filepath.Join(t.TempDir(), "state"), l.args...)
+			db := l.open()
+			if s := l.post(l.hooks(1)[0], l.http, "s3cret"); s != http.StatusAccepted {
+				t.Fatalf("the first: %d", s)
+			}
+			l.settle("first runs", func() int { return 1 - l.count(db, "runs") })
+
+			floor := bare()
+			defer floor.Close()
+			at := floor.Listener.Addr().String()
+			hooks := l.hooks(n)
+			before := l.resident("VmRSS")
+			l.forgetPeak()
+			began := time.Now()
+			var cheapest []answer
+			var beside sync.WaitGroup
+			beside.Go(func() { cheapest = offer(hooks, *loadRate, func(h hook) int { return l.post(h, at, "s3cret") }) })
+			answers := offer(hooks, *loadRate, func(h hook) int { return l.post(h, l.http, "s3cret") })
+			beside.Wait()
+			sent, have := time.Since(began), l.count(db, "runs")-1
+			text, p99 := figures(answers)
+			floorText, floorP99 := figures(cheapest)
+			t.Logf("%d webhooks at %d/s: %s", n, *loadRate, text)
+			t.Logf("without a database: %s; p99 is %.1f times that", floorText, float64(p99)/float64(max(floorP99, 1)))
+			for i, a := range answers { // what it was too slow for comes again
+				for again := 0; a.status == http.StatusServiceUnavailable && again < 100; again++ {
+					a.status = l.post(hooks[i], l.http, "s3cret")
+				}
+				if a.status != http.StatusAccepted {
+					t.Fatalf("webhook %d: %d", i, a.status)
+				}
+			}
+			caught := l.settle("runs", func() int { return n + 1 - l.count(db, "runs") })
+			peak := l.resident("VmHWM")
+			t.Logf("%d runs when the last was answered after %v, the others %v later: %.0f/s", have, sent.Round(time.Millisecond), caught.Round(time.Millisecond), float64(n)/(sent+caught).Seconds())
+			t.Logf("memory: %d MiB before, %d MiB at most", before>>20, peak>>20)
+			if peak > before+limit(150<<20) {
+				t.Errorf("%d MiB before, %d MiB at most", before>>20, peak>>20)
+			}
+			l.settle("messages", func() int { return l.count(db, "outbox") })
+			l.once(db, hooks)
+			if told := l.settle("statuses", func() int { return l.count(db, "reports WHERE due_at > 0") }); told > 0 {
+				t.Logf("the forge was told all %v later", told.Round(time.Millisecond))
+			}
+		})
+	}
+}
+
+// once checks that each webhook is accepted once and has one run.
+func (l *load) once(db *bun.DB, hooks []hook) {
+	l.t.Helper()
+	accepted, runs := l.counts(db, "deliveries WHERE state = 'accepted'"), l.counts(db, "runs")
+	for _, h := range hooks {
+		if a, r := accepted[h.delivery], runs[h.delivery]; a != 1 || r != 1 {
+			l.t.Errorf("webhook %s was accepted %d times and has %d runs", h.delivery, a, r)
+		}
+	}
+}
