@@ -8,6 +8,8 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
@@ -15,6 +17,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -29,13 +33,17 @@ import (
 // ".mise/tasks/test/load" has a minute of 200 a second, 10,000 forged ones and more
 // kills.
 var (
-	loadFor  = flag.Duration("load-for", 4*time.Second, "how long the load tests send webhooks")
-	loadRate = flag.Int("load-rate", 100, "how many a second")
+	loadFor    = flag.Duration("load-for", 4*time.Second, "how long the load tests send webhooks")
+	loadRate   = flag.Int("load-rate", 100, "how many a second")
+	loadForged = flag.Int("load-forged", 2000, "how many forged webhooks TestWebhookFloods sends")
+	loadSlow   = flag.Int("load-slow", 1200, "how many slow ones at once; more than 1,024, and some have to make way")
+	loadKills  = flag.Int("load-kills", 4, "how often TestWebhooksUnderFire kills the orchestrator")
 )
 
 // load is a forge with several repositories, whose webhooks come to an orchestrator.
 type load struct {
 	*forgejo
+	dir      string // of the orchestrator's state
 	database string
 	http     string // where webhooks go
 	client   *http.Client
@@ -55,7 +63,7 @@ func newLoad(t *testing.T, n int, database string, args ...string) *load {
 	for i := range 8 {
 		repos = append(repos, fmt.Sprint("acme/widget", i))
 	}
-	l := &load{forgejo: newForgejo(t, repos...), repos: repos, database: database, http: freeAddr(t)}
+	l := &load{forgejo: newForgejo(t, repos...), repos: repos, dir: filepath.Join(t.TempDir(), "state"), database: database, http: freeAddr(t)}
 	l.args = append(append(l.args, "--http-addr="+l.http), args...)
 	l.client = &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConns: 1024, MaxIdleConnsPerHost: 1024}}
 	t.Cleanup(l.client.CloseIdleConnections)
@@ -137,17 +145,21 @@ func (l *load) post(h hook, host, secret string) (status int) {
 	return resp.StatusCode
 }
 
-// offer sends webhooks each at its time, however long others take.
-func offer(hooks []hook, rate int, send func(hook) int) []answer {
+// offer sends webhooks each at its time, however long others take, until over.
+func offer(hooks []hook, rate int, over <-chan struct{}, send func(hook) int) []answer {
 	out := make([]answer, len(hooks))
 	began := time.Now()
 	var wg sync.WaitGroup
+	defer wg.Wait()
 	for i, h := range hooks {
 		at := began.Add(time.Duration(i) * time.Second / time.Duration(rate))
-		time.Sleep(time.Until(at))
-		wg.Go(func() { out[i].status = send(h); out[i].took = time.Since(at) })
+		select {
+		case <-over:
+			return out[:i]
+		case <-time.After(time.Until(at)):
+		}
+		wg.Go(func() { out[i] = answer{send(h), time.Since(at)} })
 	}
-	wg.Wait()
 	return out
 }
 
@@ -248,7 +260,7 @@ func TestLoad(t *testing.T) {
 			}
 			n := int(loadFor.Seconds() * float64(*loadRate))
 			l := newLoad(t, n+1, database, args...)
-			l.process = start(t, filepath.Join(t.TempDir(), "state"), l.args...)
+			l.process = start(t, l.dir, l.args...)
 			db := l.open()
 			if s := l.post(l.hooks(1)[0], l.http, "s3cret"); s != http.StatusAccepted {
 				t.Fatalf("the first: %d", s)
@@ -264,8 +276,8 @@ func TestLoad(t *testing.T) {
 			began := time.Now()
 			var cheapest []answer
 			var beside sync.WaitGroup
-			beside.Go(func() { cheapest = offer(hooks, *loadRate, func(h hook) int { return l.post(h, at, "s3cret") }) })
-			answers := offer(hooks, *loadRate, func(h hook) int { return l.post(h, l.http, "s3cret") })
+			beside.Go(func() { cheapest = offer(hooks, *loadRate, nil, func(h hook) int { return l.post(h, at, "s3cret") }) })
+			answers := offer(hooks, *loadRate, nil, func(h hook) int { return l.post(h, l.http, "s3cret") })
 			beside.Wait()
 			sent, have := time.Since(began), l.count(db, "runs")-1
 			text, p99 := figures(answers)
@@ -304,5 +316,259 @@ func (l *load) once(db *bun.DB, hooks []hook) {
 		if a, r := accepted[h.delivery], runs[h.delivery]; a != 1 || r != 1 {
 			l.t.Errorf("webhook %s was accepted %d times and has %d runs", h.delivery, a, r)
 		}
+	}
+}
+
+// TestWebhookFloods: bodies of a gigabyte, more slow ones than there are places, and
+// forged ones by the thousand leave the memory as it is, and genuine webhooks are
+// taken meanwhile.
+func TestWebhookFloods(t *testing.T) {
+	l := newLoad(t, 2000, "")
+	l.process = start(t, l.dir, l.args...)
+	genuine := l.hooks(2000)
+	forged := bytes.Repeat([]byte("x"), 16<<10)
+	forge := func(n int) {
+		var workers sync.WaitGroup
+		for range 4 {
+			workers.Go(func() {
+				for range n / 4 {
+					if s := l.post(hook{"forged", forged}, l.http, "another secret"); s != http.StatusUnauthorized && s != http.StatusServiceUnavailable {
+						t.Errorf("forged: %d", s)
+					}
+				}
+			})
+		}
+		workers.Wait()
+	}
+	forge(100)
+	before := l.resident("VmRSS")
+	l.forgetPeak()
+
+	over := make(chan struct{})
+	var answers []answer
+	var others sync.WaitGroup
+	others.Go(func() {
+		answers = offer(genuine, 20, over, func(h hook) int { return l.post(h, l.http, "s3cret") })
+	})
+	slow := make(chan struct{}) // closed when they are to go
+	var refused atomic.Int64
+	for i := range *loadSlow {
+		others.Go(func() {
+			if l.drip(i%2 == 0, slow) == http.StatusServiceUnavailable {
+				refused.Add(1)
+			}
+		})
+	}
+	for what, length := range map[string]int64{"said to be a gigabyte": 1 << 30, "a gigabyte that does not say so": -1} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+l.http+"/webhooks/codeberg", io.LimitReader(zeros{}, 1<<30))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.ContentLength = length
+		resp, err := l.client.Do(r)
+		if err != nil { // it was refused while it was sent
+			t.Logf("%s: %v", what, err)
+			continue
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != http.StatusRequestEntityTooLarge {
+			t.Errorf("%s: %d", what, resp.StatusCode)
+		}
+	}
+	forge(*loadForged)
+	close(over)
+	close(slow)
+	others.Wait()
+
+	text, _ := figures(answers)
+	t.Logf("%d genuine webhooks: %s", len(answers), text)
+	for i, a := range answers {
+		if a.status != http.StatusAccepted {
+			t.Errorf("genuine webhook %d: %d", i, a.status)
+		}
+	}
+	peak := l.resident("VmHWM")
+	t.Logf("%d slow ones, %d of which had to make way; memory: %d MiB before, %d MiB at most", *loadSlow, refused.Load(), before>>20, peak>>20)
+	if peak > before+limit(100<<20) {
+		t.Errorf("%d MiB before, %d MiB at most", before>>20, peak>>20)
+	}
+	db := l.open()
+	l.settle("runs", func() int { return len(answers) - l.count(db, "runs") })
+	l.once(db, genuine[:len(answers)])
+	if n := l.count(db, "deliveries"); n != len(answers) {
+		t.Errorf("%d deliveries of %d genuine webhooks", n, len(answers))
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
+// drip sends a body a byte at a time, until it is over or there is an answer, which it
+// gives.
+func (l *load) drip(sized bool, over <-chan struct{}) (status int) {
+	c, err := net.Dial("tcp", l.http)
+	if err != nil {
+		return 0
+	}
+	defer c.Close()
+	head, piece := "Transfer-Encoding: chunked", "1\r\nx\r\n"
+	if sized {
+		head, piece = "Content-Length: 20000000", "x"
+	}
+	if _, err := io.WriteString(c, "POST /webhooks/codeberg HTTP/1.1\r\nHost: x\r\n"+head+"\r\n\r\n"); err != nil {
+		return 0
+	}
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		_, _ = fmt.Fscanf(c, "HTTP/1.1 %d", &status)
+	}()
+	for {
+		select {
+		case <-over:
+			_ = c.Close()
+			<-answered
+			return status
+		case <-answered:
+			return status
+		case <-time.After(200 * time.Millisecond):
+			_, _ = io.WriteString(c, piece) // it may be over
+		}
+	}
+}
+
+// shortLeases is what differs in a program that is killed: what it had claimed is free
+// after seconds.
+var shortLeases = []edit{
+	{file: "main.go", old: startOfConfig, new: shortTiming + startOfConfig},
+	{file: "../../solstice/integration/integration.go", old: "const lease = 30 * time.Second", new: "const lease = 2 * time.Second"},
+}
+
+// underFire kills orchestrators while webhooks come, some of which are delivered again
+// where there was no answer, and gives what is wrong in the end.
+func (l *load) underFire(t *testing.T, exe string, kills int) (wrong []string) {
+	t.Helper()
+	over := make(chan struct{})
+	hooks := l.hooks(4000)
+	var mu sync.Mutex
+	accepted := map[string]bool{}
+	var again []hook
+	send := func(h hook) int {
+		s := l.post(h, l.http, "s3cret")
+		mu.Lock()
+		defer mu.Unlock()
+		if s == http.StatusAccepted {
+			accepted[h.delivery] = true
+		} else if !strings.HasSuffix(h.delivery, "0") { // nobody cares for every tenth
+			again = append(again, h)
+		}
+		return s
+	}
+	waiting := func() (h hook, ok bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		if len(again) > 0 {
+			h, again, ok = again[0], again[1:], true
+		}
+		return h, ok
+	}
+	var answers []answer
+	var load sync.WaitGroup
+	load.Go(func() { answers = offer(hooks, *loadRate, over, send) })
+	load.Go(func() {
+		for {
+			h, ok := waiting()
+			if ok {
+				send(h)
+			}
+			select {
+			case <-over:
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+	})
+	for range kills {
+		v := launch(t, exe, l.dir, l.args...)
+		select {
+		case <-v.Started:
+			wait(t.Context(), rand.N(time.Second)) //nolint:gosec // an instant of its life
+		case <-v.Ended:
+		}
+		v.Stop(syscall.SIGKILL)
+	}
+	l.process = launch(t, exe, l.dir, l.args...)
+	l.Await()
+	close(over)
+	load.Wait()
+	for {
+		h, ok := waiting()
+		if !ok {
+			break
+		}
+		send(h)
+	}
+
+	db := l.open()
+	rows := l.counts(db, "deliveries WHERE state = 'accepted'")
+	var runs map[string]int
+	l.settle("webhooks without a run", func() (n int) {
+		runs = l.counts(db, "runs")
+		for d := range rows {
+			if runs[d] == 0 {
+				n++
+			}
+		}
+		return n
+	})
+	for _, h := range hooks[:len(answers)] {
+		d := h.delivery
+		if n := rows[d]; n > 1 || n == 0 && accepted[d] {
+			wrong = append(wrong, fmt.Sprintf("webhook %s (answered: %v) was written down %d times", d, accepted[d], n))
+		}
+		if n := runs[d]; n > 1 || n == 0 && accepted[d] {
+			wrong = append(wrong, fmt.Sprintf("webhook %s (answered: %v) has %d runs", d, accepted[d], n))
+		}
+	}
+	text, _ := figures(answers)
+	t.Logf("%d webhooks, %d kills: at first %s; %d taken in the end", len(answers), kills, text, len(accepted))
+	return wrong
+}
+
+// TestWebhooksUnderFire: whenever it is killed, each webhook that it answered with 202
+// has one run, and none has two; and an orchestrator that answers first is found out.
+func TestWebhooksUnderFire(t *testing.T) {
+	answersFirst := edit{
+		file: "../../solstice/integration/webhook.go",
+		old:  "if err := in.store.InsertDelivery(ctx, d, in.cfg.DuplicateBody, msgs); err != nil {",
+		new: `var err error
+	go func() {
+		time.Sleep(100 * time.Millisecond)
+		_ = in.store.InsertDelivery(context.WithoutCancel(ctx), d, in.cfg.DuplicateBody, msgs)
+	}()
+	if err != nil {`,
+	}
+	for _, c := range []struct {
+		name  string
+		edits []edit
+		kills int
+		finds string
+	}{
+		{"as-it-is", shortLeases, *loadKills, ""},
+		{"answers-first", append(slices.Clone(shortLeases), answersFirst), 2, "answered: true) was written down 0 times"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			exe, err := plant(t, "hooks-"+c.name, c.edits...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			database, args := withParts(t)
+			l := newLoad(t, 4000, database, args...)
+			wrong := strings.Join(l.underFire(t, exe, c.kills), "\n")
+			if c.finds == "" && wrong != "" || !strings.Contains(wrong, c.finds) {
+				t.Errorf("want %q, found:\n%s", c.finds, wrong)
+			}
+		})
 	}
 }
