@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -12,9 +13,11 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -241,6 +244,24 @@ func (l *load) settle(what string, left func() int) time.Duration {
 	return time.Since(began)
 }
 
+// cpu is what the orchestrator has used of CPUs, with its kernel's work: fields 14 and
+// 15 of /proc/PID/stat, in hundredths of a second, see proc(5).
+func (l *load) cpu() time.Duration {
+	l.t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", l.Cmd.Process.Pid))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	f := strings.Fields(rest)
+	user, err := strconv.Atoi(f[11])
+	system, err2 := strconv.Atoi(f[12])
+	if err := errors.Join(err, err2); err != nil {
+		l.t.Fatal(err)
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
 // limit is of memory that may come on top, without the race detector.
 func limit(bytes int64) int64 {
 	if info, ok := debug.ReadBuildInfo(); ok && strings.Contains(fmt.Sprint(info.Settings), "{-race true}") {
@@ -271,7 +292,7 @@ func TestLoad(t *testing.T) {
 			defer floor.Close()
 			at := floor.Listener.Addr().String()
 			hooks := l.hooks(n)
-			before := l.resident("VmRSS")
+			before, cpu := l.resident("VmRSS"), l.cpu()
 			l.forgetPeak()
 			began := time.Now()
 			var cheapest []answer
@@ -304,6 +325,7 @@ func TestLoad(t *testing.T) {
 			if told := l.settle("statuses", func() int { return l.count(db, "reports WHERE due_at > 0") }); told > 0 {
 				t.Logf("the forge was told all %v later", told.Round(time.Millisecond))
 			}
+			t.Logf("the orchestrator had %v of a CPU for each", ((l.cpu() - cpu) / time.Duration(n)).Round(10*time.Microsecond))
 		})
 	}
 }
@@ -389,7 +411,7 @@ func TestWebhookFloods(t *testing.T) {
 	}
 	peak := l.resident("VmHWM")
 	t.Logf("%d slow ones, %d of which had to make way; memory: %d MiB before, %d MiB at most", *loadSlow, refused.Load(), before>>20, peak>>20)
-	if peak > before+limit(100<<20) {
+	if peak > before+limit(150<<20) {
 		t.Errorf("%d MiB before, %d MiB at most", before>>20, peak>>20)
 	}
 	db := l.open()
@@ -449,64 +471,69 @@ var shortLeases = []edit{
 // where there was no answer, and gives what is wrong in the end.
 func (l *load) underFire(t *testing.T, exe string, kills int) (wrong []string) {
 	t.Helper()
-	over := make(chan struct{})
 	hooks := l.hooks(4000)
 	var mu sync.Mutex
-	accepted := map[string]bool{}
+	sent, accepted, times := 0, map[string]bool{}, 0
 	var again []hook
-	send := func(h hook) int {
-		s := l.post(h, l.http, "s3cret")
+	next := func(anew bool) (h hook, ok bool) {
 		mu.Lock()
 		defer mu.Unlock()
-		if s == http.StatusAccepted {
-			accepted[h.delivery] = true
-		} else if !strings.HasSuffix(h.delivery, "0") { // nobody cares for every tenth
-			again = append(again, h)
-		}
-		return s
-	}
-	waiting := func() (h hook, ok bool) {
-		mu.Lock()
-		defer mu.Unlock()
-		if len(again) > 0 {
+		switch {
+		case anew && sent < len(hooks) && len(again) < 32: // more than that says nothing more
+			h, ok = hooks[sent], true
+			sent++
+		case len(again) > 0:
 			h, again, ok = again[0], again[1:], true
 		}
 		return h, ok
 	}
-	var answers []answer
-	var load sync.WaitGroup
-	load.Go(func() { answers = offer(hooks, *loadRate, over, send) })
-	load.Go(func() {
-		for {
-			h, ok := waiting()
-			if ok {
-				send(h)
-			}
-			select {
-			case <-over:
-				return
-			case <-time.After(20 * time.Millisecond):
-			}
+	send := func(h hook) (taken bool) {
+		taken = l.post(h, l.http, "s3cret") == http.StatusAccepted
+		mu.Lock()
+		defer mu.Unlock()
+		times++
+		if taken {
+			accepted[h.delivery] = true
+		} else if !strings.HasSuffix(h.delivery, "0") { // nobody cares for every tenth
+			again = append(again, h)
 		}
-	})
+		return taken
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var load sync.WaitGroup
+	for range 16 {
+		load.Go(func() {
+			for anew := true; ; anew = !anew {
+				if h, ok := next(anew); ok && send(h) && ctx.Err() == nil {
+					continue
+				}
+				if wait(ctx, 20*time.Millisecond); ctx.Err() != nil { // it is down
+					return
+				}
+			}
+		})
+	}
 	for range kills {
 		v := launch(t, exe, l.dir, l.args...)
-		select {
-		case <-v.Started:
-			wait(t.Context(), rand.N(time.Second)) //nolint:gosec // an instant of its life
-		case <-v.Ended:
+		mu.Lock()
+		enough := len(accepted) + 1 + rand.IntN(100) //nolint:gosec // an instant of its life
+		mu.Unlock()
+		for began := time.Now(); time.Since(began) < patience; time.Sleep(time.Millisecond) {
+			mu.Lock()
+			n := len(accepted)
+			mu.Unlock()
+			if n >= enough {
+				break
+			}
 		}
 		v.Stop(syscall.SIGKILL)
 	}
 	l.process = launch(t, exe, l.dir, l.args...)
 	l.Await()
-	close(over)
+	stop()
 	load.Wait()
-	for {
-		h, ok := waiting()
-		if !ok {
-			break
-		}
+	for h, ok := next(false); ok; h, ok = next(false) {
 		send(h)
 	}
 
@@ -522,7 +549,7 @@ func (l *load) underFire(t *testing.T, exe string, kills int) (wrong []string) {
 		}
 		return n
 	})
-	for _, h := range hooks[:len(answers)] {
+	for _, h := range hooks[:sent] {
 		d := h.delivery
 		if n := rows[d]; n > 1 || n == 0 && accepted[d] {
 			wrong = append(wrong, fmt.Sprintf("webhook %s (answered: %v) was written down %d times", d, accepted[d], n))
@@ -531,8 +558,7 @@ func (l *load) underFire(t *testing.T, exe string, kills int) (wrong []string) {
 			wrong = append(wrong, fmt.Sprintf("webhook %s (answered: %v) has %d runs", d, accepted[d], n))
 		}
 	}
-	text, _ := figures(answers)
-	t.Logf("%d webhooks, %d kills: at first %s; %d taken in the end", len(answers), kills, text, len(accepted))
+	t.Logf("%d webhooks, sent %d times, %d kills: %d taken in the end", sent, times, kills, len(accepted))
 	return wrong
 }
 
@@ -542,8 +568,7 @@ func TestWebhooksUnderFire(t *testing.T) {
 	answersFirst := edit{
 		file: "../../solstice/integration/webhook.go",
 		old:  "if err := in.store.InsertDelivery(ctx, d, in.cfg.DuplicateBody, msgs); err != nil {",
-		new: `var err error
-	go func() {
+		new: `go func() {
 		time.Sleep(100 * time.Millisecond)
 		_ = in.store.InsertDelivery(context.WithoutCancel(ctx), d, in.cfg.DuplicateBody, msgs)
 	}()
@@ -559,6 +584,7 @@ func TestWebhooksUnderFire(t *testing.T) {
 		{"answers-first", append(slices.Clone(shortLeases), answersFirst), 2, "answered: true) was written down 0 times"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel() // most of the time one or the other starts
 			exe, err := plant(t, "hooks-"+c.name, c.edits...)
 			if err != nil {
 				t.Fatal(err)

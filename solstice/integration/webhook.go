@@ -114,11 +114,11 @@ func (in *Integration) arrive(w http.ResponseWriter, r *http.Request) ([]byte, *
 	if g == nil {
 		return nil, nil, errBusy
 	}
-	first, size := int64(64<<10), r.ContentLength
+	size := r.ContentLength
 	if size < 0 { // it is not said
-		first, size = 4<<10, in.cfg.MaxBodyBytes
+		size = in.cfg.MaxBodyBytes
 	}
-	body, err := read(http.MaxBytesReader(w, r.Body, in.cfg.MaxBodyBytes), first, size, g)
+	body, err := read(http.MaxBytesReader(w, r.Body, in.cfg.MaxBodyBytes), size, g)
 	o := errCutOff
 	var tooLarge *http.MaxBytesError
 	switch {
@@ -139,8 +139,9 @@ func (in *Integration) arrive(w http.ResponseWriter, r *http.Request) ([]byte, *
 var errNoRoom = errors.New("integration: no room for the body")
 
 // read reads a body of at most size bytes into about as much memory as has arrived of
-// it; first is how much that is to begin with.
-func read(r io.Reader, first, size int64, g *guest) ([]byte, error) {
+// it.
+func read(r io.Reader, size int64, g *guest) ([]byte, error) {
+	const first = 8 << 10
 	var b []byte
 	for {
 		if have := int64(len(b)); len(b) == cap(b) {
