@@ -567,12 +567,15 @@ func (l *load) underFire(t *testing.T, exe string, kills int) (wrong []string) {
 func TestWebhooksUnderFire(t *testing.T) {
 	answersFirst := edit{
 		file: "../../solstice/integration/webhook.go",
-		old:  "if err := in.store.InsertDelivery(ctx, d, in.cfg.DuplicateBody, msgs); err != nil {",
-		new: `go func() {
+		old:  "	o, err := in.handle(ctx, r.Header, body, name, f)\n",
+		new: `	header := r.Header.Clone()
+	go func() {
 		time.Sleep(100 * time.Millisecond)
-		_ = in.store.InsertDelivery(context.WithoutCancel(ctx), d, in.cfg.DuplicateBody, msgs)
+		_, _ = in.handle(context.WithoutCancel(ctx), header, body, name, f)
 	}()
-	if err != nil {`,
+	var err error
+	o = outcome{http.StatusAccepted, "accepted", "", false}
+`,
 	}
 	for _, c := range []struct {
 		name  string

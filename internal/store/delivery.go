@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/uptrace/bun"
@@ -49,21 +50,12 @@ func (s *Store) InsertDelivery(ctx context.Context, d *Delivery, within time.Dur
 		return s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
 			d.State, d.ReceivedAt = want, now
 			if d.ReplayOf == "" && want == DeliveryAccepted { // what was ignored may be wanted by now
-				var first []string
-				err := tx.NewSelect().Model((*Delivery)(nil)).Column("id").
-					Where("forge = ? AND state = ?", d.Forge, DeliveryAccepted).
-					WhereGroup(" AND ", func(q *bun.SelectQuery) *bun.SelectQuery {
-						q = q.Where("body_sum = ? AND received_at > ?", d.BodySum, now-micros(within))
-						if d.Delivery != "" {
-							q = q.WhereOr("delivery = ?", d.Delivery)
-						}
-						return q
-					}).OrderBy("id", bun.OrderAsc).Limit(1).Scan(ctx, &first)
+				first, err := sameAs(ctx, tx, d, now-micros(within))
 				if err != nil {
 					return err
 				}
-				if len(first) > 0 {
-					d.State, d.Reason, d.Body, d.Headers, d.Event = DeliveryDuplicate, "it came before, as "+first[0], nil, nil, nil
+				if first != "" {
+					d.State, d.Reason, d.Body, d.Headers, d.Event = DeliveryDuplicate, "it came before, as "+first, nil, nil, nil
 				}
 			}
 			if _, err := tx.NewInsert().Model(d).Exec(ctx); err != nil {
@@ -87,6 +79,25 @@ func (s *Store) InsertDelivery(ctx context.Context, d *Delivery, within time.Dur
 		return fmt.Errorf("store: delivery: %w", err)
 	}
 	return nil
+}
+
+// sameAs gives the first accepted delivery with the same ID of the forge's, or with the
+// same body since then; empty: there is none.
+func sameAs(ctx context.Context, tx bun.Tx, d *Delivery, since int64) (string, error) {
+	var all []string
+	if err := sameDeliveries(tx, d, since).Scan(ctx, &all); err != nil || len(all) == 0 {
+		return "", err
+	}
+	return slices.Min(all), nil
+}
+
+// sameDeliveries is raw, since it matters to every webhook: each half finds through an
+// index what are a few rows, while with OR, or in an order, SQLite and PostgreSQL may
+// prefer to read all deliveries of the forge.
+func sameDeliveries(db bun.IDB, d *Delivery, since int64) *bun.RawQuery {
+	return db.NewRaw("SELECT id FROM deliveries WHERE forge = ? AND delivery = ? AND delivery <> '' AND state = 'accepted' "+
+		"UNION ALL SELECT id FROM deliveries WHERE forge = ? AND body_sum = ? AND received_at > ? AND state = 'accepted'",
+		d.Forge, d.Delivery, d.Forge, d.BodySum, since)
 }
 
 // DeliveryFilter selects deliveries; zero fields select all.

@@ -1,9 +1,11 @@
 package store
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
+	"github.com/solstice-ci/solstice-go/internal/sqldb"
 	"github.com/solstice-ci/solstice-go/internal/testenv"
 )
 
@@ -47,5 +49,46 @@ func TestRetentionPlans(t *testing.T) {
 				}
 			}
 		}
+	})
+}
+
+// TestDeliveryPlan: whether a webhook came before is found through indexes, however many
+// came.
+func TestDeliveryPlan(t *testing.T) {
+	testenv.Databases(t, func(t *testing.T, url string) {
+		ctx := t.Context()
+		db := openDB(t, url)
+		if err := Migrate(ctx, db); err != nil {
+			t.Fatal(err)
+		}
+		same := sameDeliveries(db, &Delivery{Forge: "f", Delivery: "d7", BodySum: "b7"}, 5).String()
+		check := func(when string) {
+			t.Helper()
+			plan, err := queryPlan(ctx, db, same)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text := strings.Join(plan, "\n")
+			if !strings.Contains(text, "deliveries_delivery") || !strings.Contains(text, "deliveries_body") || strings.Contains(text, "Seq Scan") {
+				t.Errorf("%s:\n%s", when, text)
+			}
+		}
+		if !sqldb.IsPostgres(db) {
+			check("without statistics")
+		}
+		var all []*Delivery
+		for i := range 2000 {
+			all = append(all, &Delivery{
+				ID: fmt.Sprintf("%05d", i), Forge: "f", Delivery: fmt.Sprint("d", i), BodySum: fmt.Sprint("b", i),
+				State: DeliveryAccepted, Body: []byte(strings.Repeat("x", 100)), ReceivedAt: int64(i),
+			})
+		}
+		if _, err := db.NewInsert().Model(&all).Exec(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.ExecContext(ctx, "ANALYZE"); err != nil {
+			t.Fatal(err)
+		}
+		check("with statistics")
 	})
 }
