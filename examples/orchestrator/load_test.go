@@ -36,11 +36,11 @@ import (
 // ".mise/tasks/test/load" has a minute of 200 a second, 10,000 forged ones and more
 // kills.
 var (
-	loadFor    = flag.Duration("load-for", 4*time.Second, "how long the load tests send webhooks")
-	loadRate   = flag.Int("load-rate", 100, "how many a second")
-	loadForged = flag.Int("load-forged", 2000, "how many forged webhooks TestWebhookFloods sends")
+	loadFor    = flag.Duration("load-for", 3*time.Second, "how long the load tests send webhooks")
+	loadRate   = flag.Int("load-rate", 60, "how many a second")
+	loadForged = flag.Int("load-forged", 1000, "how many forged webhooks TestWebhookFloods sends")
 	loadSlow   = flag.Int("load-slow", 1200, "how many slow ones at once; more than 1,024, and some have to make way")
-	loadKills  = flag.Int("load-kills", 4, "how often TestWebhooksUnderFire kills the orchestrator")
+	loadKills  = flag.Int("load-kills", 3, "how often TestWebhooksUnderFire kills the orchestrator")
 )
 
 // load is a forge with several repositories, whose webhooks come to an orchestrator.
@@ -517,7 +517,7 @@ func (l *load) underFire(t *testing.T, exe string, kills int) (wrong []string) {
 	for range kills {
 		v := launch(t, exe, l.dir, l.args...)
 		mu.Lock()
-		enough := len(accepted) + 1 + rand.IntN(100) //nolint:gosec // an instant of its life
+		enough := len(accepted) + 1 + rand.IntN(50) //nolint:gosec // an instant of its life
 		mu.Unlock()
 		for began := time.Now(); time.Since(began) < patience; time.Sleep(time.Millisecond) {
 			mu.Lock()
