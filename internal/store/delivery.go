@@ -41,43 +41,39 @@ type Delivery struct {
 	ReceivedAt int64
 }
 
-// InsertDelivery writes a delivery, and with it the messages that it causes. One that is
-// to be accepted and was before, by the forge's ID or by its body within that time, becomes
-// a DeliveryDuplicate without messages; d says so afterwards, and of which.
-func (s *Store) InsertDelivery(ctx context.Context, d *Delivery, within time.Duration, msgs []OutboxMessage) error {
-	want := d.State
+// InsertDelivery writes a delivery, and with it the messages that it causes and, where
+// t is not nil, the head that it moves. One that is to be accepted and was before, by
+// the forge's ID, by its body within that time, or because its head was found by
+// looking, becomes a DeliveryDuplicate without messages; d says so afterwards, and of
+// which.
+func (s *Store) InsertDelivery(ctx context.Context, d *Delivery, within time.Duration, t *Told, msgs []OutboxMessage) error {
+	var is Delivery
 	try := func() error {
 		return s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
-			d.State, d.ReceivedAt = want, now
-			if d.ReplayOf == "" && want == DeliveryAccepted { // what was ignored may be wanted by now
-				first, err := sameAs(ctx, tx, d, now-micros(within))
+			is = *d
+			is.ReceivedAt = now
+			if d.ReplayOf == "" && d.State == DeliveryAccepted { // what was ignored may be wanted by now
+				why, err := cameBefore(ctx, tx, now, d, within, t)
 				if err != nil {
 					return err
 				}
-				if first != "" {
-					d.State, d.Reason, d.Body, d.Headers, d.Event = DeliveryDuplicate, "it came before, as "+first, nil, nil, nil
+				if why != "" {
+					is.State, is.Reason, is.Body, is.Headers, is.Event = DeliveryDuplicate, why, nil, nil, nil
 				}
 			}
-			if _, err := tx.NewInsert().Model(d).Exec(ctx); err != nil {
-				return err
-			}
-			if d.State != DeliveryAccepted || len(msgs) == 0 {
-				return nil
-			}
-			for i := range msgs {
-				msgs[i].CreatedAt = now
-			}
-			_, err := tx.NewInsert().Model(&msgs).Exec(ctx)
-			return err
+			return insertDelivery(ctx, tx, now, &is, msgs)
 		})
 	}
 	err := try()
-	if sqldb.IsUnique(err) { // the same came at the same time, and was first
-		err = try()
+	for range 2 {
+		if sqldb.IsUnique(err) { // the same, or of the same new head, came at the same time and was first
+			err = try()
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("store: delivery: %w", err)
 	}
+	*d = is
 	return nil
 }
 
@@ -98,6 +94,41 @@ func sameDeliveries(db bun.IDB, d *Delivery, since int64) *bun.RawQuery {
 	return db.NewRaw("SELECT id FROM deliveries WHERE forge = ? AND delivery = ? AND delivery <> '' AND state = 'accepted' "+
 		"UNION ALL SELECT id FROM deliveries WHERE forge = ? AND body_sum = ? AND received_at > ? AND state = 'accepted'",
 		d.Forge, d.Delivery, d.Forge, d.BodySum, since)
+}
+
+// cameBefore says how a delivery is a duplicate; empty: it is none, and its head is moved.
+func cameBefore(ctx context.Context, tx bun.Tx, now int64, d *Delivery, within time.Duration, t *Told) (string, error) {
+	if sqldb.IsPostgres(tx) { // where several write: of the same body each is to see the one before
+		// Raw, since what is locked has no row yet.
+		if _, err := tx.NewRaw("SELECT pg_advisory_xact_lock(hashtextextended(?, 0))", "delivery/"+d.Forge+"/"+d.BodySum).Exec(ctx); err != nil {
+			return "", err
+		}
+	}
+	first, err := sameAs(ctx, tx, d, now-micros(within))
+	switch {
+	case err != nil:
+		return "", err
+	case first != "":
+		return "it came before, as " + first, nil
+	case t == nil:
+		return "", nil
+	}
+	as, err := told(ctx, tx, now, d, within, *t)
+	if err != nil || as == "" {
+		return "", err
+	}
+	return "it was found by looking before it came, as " + as, nil
+}
+
+func insertDelivery(ctx context.Context, tx bun.Tx, now int64, d *Delivery, msgs []OutboxMessage) error {
+	if _, err := tx.NewInsert().Model(d).Exec(ctx); err != nil || d.State != DeliveryAccepted || len(msgs) == 0 {
+		return err
+	}
+	for i := range msgs {
+		msgs[i].CreatedAt = now
+	}
+	_, err := tx.NewInsert().Model(&msgs).Exec(ctx)
+	return err
 }
 
 // DeliveryFilter selects deliveries; zero fields select all.

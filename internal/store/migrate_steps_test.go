@@ -181,6 +181,8 @@ func fillSome(t *testing.T, db *bun.DB) {
 		&Orchestrator{ID: "o", Pools: []byte("[]"), Contacts: []byte("[]")},
 		&Delivery{ID: "d", Forge: "f", State: DeliveryAccepted, Headers: []byte("{}"), Event: []byte("{}"), Body: []byte("\x00\xff")},
 		&Report{Forge: "f", RepoName: "a", Commit: "c", Key: "k", Repo: []byte("{}"), Status: []byte("{}"), Version: 1},
+		&Watched{Forge: "f", Name: "a", Repo: []byte("{}"), RepoID: "7", WantedAt: 1, HeadsAt: 2, PullsAt: 3, PullsFrom: 4, NextAt: 5},
+		&Head{Forge: "f", Repo: "a", Ref: "refs/heads/main", Commit: "c", Told: []string{"b"}, Found: []Finding{{Commit: "c", Delivery: "d", At: 1}}, Version: 1},
 		&OutboxMessage{Key: "k", Topic: "t", ContentType: "c", Body: []byte("\x00\xff body"), Attributes: []byte("{}")},
 	} {
 		if _, err := db.NewInsert().Model(row).Exec(t.Context()); err != nil {

@@ -350,7 +350,7 @@ func otherOfCommit(db bun.IDB, r *Run) *bun.SelectQuery {
 type Leftovers struct {
 	Records     time.Duration // machines that are gone, expired leases, orchestrators not heard of
 	Tokens      time.Duration // expired tokens
-	Undelivered time.Duration // messages that could not be published, webhooks, what forges were told; negative: for ever
+	Undelivered time.Duration // messages that could not be published, webhooks and which heads they moved, what forges were told; negative: for ever
 }
 
 // Removed counts the leftovers that were removed.
@@ -395,6 +395,10 @@ func (s *Store) RemoveLeftovers(ctx context.Context, l Leftovers, limit int) (Re
 		}, limit)
 		if r.Others += n; err != nil {
 			return r, fmt.Errorf("store: leftovers in deliveries: %w", err)
+		}
+		n, err = s.deleteWatched(ctx, now-micros(l.Undelivered), limit)
+		if r.Others += n; err != nil {
+			return r, fmt.Errorf("store: leftovers in watched: %w", err)
 		}
 		if r.Undelivered, err = s.removeUndelivered(ctx, now-micros(l.Undelivered), limit); err != nil {
 			return r, fmt.Errorf("store: leftovers in outbox: %w", err)

@@ -114,7 +114,7 @@ func (d *Deliveries) Replay(ctx context.Context, id string) (Delivery, error) {
 	if err != nil {
 		return Delivery{}, fmt.Errorf("integration: %w", err)
 	}
-	if err := d.store.InsertDelivery(ctx, again, 0, msgs); err != nil {
+	if err := d.store.InsertDelivery(ctx, again, 0, nil, msgs); err != nil {
 		return Delivery{}, fmt.Errorf("integration: %w", err)
 	}
 	return public(again), nil
