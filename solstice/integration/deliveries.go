@@ -17,7 +17,8 @@ import (
 // ErrNotFound: there is no such delivery (any more).
 var ErrNotFound = errors.New("integration: not found")
 
-// Delivery is a webhook whose signature verified, and what became of it.
+// Delivery is a webhook whose signature verified, or one that never came and was made
+// up for, and what became of it.
 type Delivery struct {
 	ID         string            `json:"id"` // ours; sorts by arrival
 	Forge      string            `json:"forge"`
@@ -30,7 +31,7 @@ type Delivery struct {
 	ReceivedAt time.Time         `json:"received_at"`
 	Headers    map[string]string `json:"headers,omitempty"` // without what authorises; only of Get
 	Event      *forge.Event      `json:"event,omitempty"`   // of what was accepted; only of Get
-	Body       []byte            `json:"body,omitempty"`    // only of Get
+	Body       []byte            `json:"body,omitempty"`    // only of Get; of what was ignored the first 64 KiB, of what was found by looking none
 }
 
 // DeliveryFilter selects deliveries; its zero value the newest 50.

@@ -5,7 +5,9 @@
 // check of its signature over the raw body, then the allow-list; what is left is
 // written down as a delivery, in one transaction with the message that asks for
 // runs, and answered with 202. A relay publishes that message. The same delivery, or
-// the same body within a day, is a duplicate, which starts nothing.
+// the same body within a day, is a duplicate, which starts nothing. What a forge sent no
+// webhook of, or one that did not come, is found by looking at its heads now and then,
+// and becomes a delivery as well.
 //
 //	in, err := integration.New(ctx, integration.Config{DB: db, Queue: q, Forges: forges})
 //	http.Handle("/webhooks/", in)
@@ -54,6 +56,8 @@ type Instance struct {
 	Allow []string
 	// AllowAll takes those of everybody who has the secret, instead of Allow.
 	AllowAll bool
+	// Poll is Config.Poll of this forge; 0: what that says.
+	Poll time.Duration
 }
 
 // Config of an Integration; zero values give the defaults.
@@ -76,6 +80,9 @@ type Config struct {
 	// DuplicateBody is for how long the same body is the same webhook; 24 h.
 	DuplicateBody time.Duration
 	Tick          time.Duration // of the slow looks at what is to be sent; 5 s
+	// Poll is how often each repository is looked at for heads whose webhooks never
+	// came, at forges that list heads; 5 min, negative: never.
+	Poll time.Duration
 
 	Logger         *slog.Logger // nil: silent
 	TracerProvider trace.TracerProvider
@@ -137,6 +144,7 @@ func (c *Config) fill() error {
 	orDefault(&c.MaxRequests, 1024)
 	orDefault(&c.DuplicateBody, 24*time.Hour)
 	orDefault(&c.Tick, 5*time.Second)
+	orDefault(&c.Poll, 5*time.Minute)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -199,11 +207,13 @@ func New(ctx context.Context, cfg Config) (*Integration, error) {
 // Deliveries are those that it took.
 func (in *Integration) Deliveries() *Deliveries { return &Deliveries{in.store} }
 
-// Run publishes what webhooks ask for, and reports statuses, until ctx ends.
+// Run publishes what webhooks ask for, looks for heads whose webhooks never came, and
+// reports statuses, until ctx ends.
 func (in *Integration) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	r := relay.Relay{Store: in.store, Queue: in.cfg.Queue, Owner: in.id, Lease: lease, Tick: in.cfg.Tick, Kick: in.kick, Logger: in.log}
 	wg.Go(func() { r.Run(ctx) })
+	in.poll(ctx, &wg)
 	if in.cfg.ReportStatuses {
 		rep := &reporter.Reporter{Store: in.store, Forges: map[string]forge.Forge{}, Owner: in.id, Lease: lease, Tick: in.cfg.Tick, Logger: in.log}
 		for name, f := range in.cfg.Forges {

@@ -15,6 +15,7 @@ import (
 	"net/http/httptest"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -317,28 +318,32 @@ func TestAway(t *testing.T) {
 	}
 }
 
-// TestSameAtOnce: of a webhook that comes several times at once one asks for runs.
+// TestSameAtOnce: of a webhook that comes several times at once one asks for runs,
+// whether it is the same delivery or only the same body.
 func TestSameAtOnce(t *testing.T) {
 	testenv.Databases(t, func(t *testing.T, url string) {
-		r := newRig(t, url, nil)
-		body := push("acme", "1")
-		var wg sync.WaitGroup
-		var mu sync.Mutex
-		accepted := 0
-		for range 16 {
-			wg.Go(func() {
-				if s, text := r.good("d", body); s == 202 && strings.HasPrefix(text, "accepted") {
-					mu.Lock()
-					accepted++
-					mu.Unlock()
-				} else if s != 202 {
-					t.Errorf("%d %s", s, text)
-				}
-			})
-		}
-		wg.Wait()
-		if accepted != 1 {
-			t.Errorf("%d were accepted", accepted)
+		r := newRig(t, url, func(c *integration.Config) {
+			f := c.Forges["f"]
+			f.Forge, f.Poll = &polled{plain: &plain{}}, -1
+			c.Forges["f"] = f
+		})
+		for round := range 8 {
+			body := push("acme", strconv.Itoa(round))
+			var wg sync.WaitGroup
+			var accepted atomic.Int32
+			for n := range 16 {
+				wg.Go(func() {
+					if s, text := r.good(fmt.Sprint(round, "-", n/2), body); s == 202 && strings.HasPrefix(text, "accepted") {
+						accepted.Add(1)
+					} else if s != 202 {
+						t.Errorf("%d %s", s, text)
+					}
+				})
+			}
+			wg.Wait()
+			if n := accepted.Load(); n != 1 {
+				t.Errorf("%d were accepted", n)
+			}
 		}
 	})
 }

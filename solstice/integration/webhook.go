@@ -177,6 +177,9 @@ func parse(ctx context.Context, f Instance, header http.Header, body []byte) (ev
 	return f.Forge.ParseWebhook(ctx, r, f.Secret)
 }
 
+// ignoredBody is how much of the body is kept of what is ignored: enough to see why.
+const ignoredBody = 64 << 10
+
 func (in *Integration) handle(ctx context.Context, header http.Header, body []byte, name string, f Instance) (outcome, error) {
 	ev, err := parse(ctx, f, header, body)
 	sum := sha256.Sum256(body)
@@ -202,17 +205,22 @@ func (in *Integration) handle(ctx context.Context, header http.Header, body []by
 		ignored = ev.Repo.FullName() + " is not on the list of those that may start something here"
 	}
 	var msgs []store.OutboxMessage
+	var told *store.Told
 	if ignored != "" {
 		d.State, d.Reason = store.DeliveryIgnored, ignored
+		d.Body = body[:min(len(body), ignoredBody)]
 	} else {
 		if d.Event, err = json.Marshal(ev); err == nil {
 			msgs, err = request(ctx, name, ev, "")
+		}
+		if err == nil {
+			told, err = toldOf(f, ev)
 		}
 		if err != nil {
 			return outcome{http.StatusBadRequest, "invalid", err.Error(), false}, err
 		}
 	}
-	if err := in.store.InsertDelivery(ctx, d, in.cfg.DuplicateBody, msgs); err != nil {
+	if err := in.store.InsertDelivery(ctx, d, in.cfg.DuplicateBody, told, msgs); err != nil {
 		return outcome{http.StatusServiceUnavailable, "failed", "it cannot be written down just now", true}, err
 	}
 	in.kicked()
