@@ -327,7 +327,7 @@ func TestSameAtOnce(t *testing.T) {
 			f.Forge, f.Poll = &polled{plain: &plain{}}, -1
 			c.Forges["f"] = f
 		})
-		for round := range 8 {
+		for round := range 3 {
 			body := push("acme", strconv.Itoa(round))
 			var wg sync.WaitGroup
 			var accepted atomic.Int32

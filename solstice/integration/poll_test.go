@@ -326,31 +326,29 @@ func TestPollWithWebhooks(t *testing.T) {
 
 // TestPollMany: as many heads as may be looked at; a repository of more is left.
 func TestPollMany(t *testing.T) {
-	testenv.Databases(t, func(t *testing.T, url string) {
-		p := &polled{plain: &plain{}, heads: map[string]string{}}
-		for i := range 10_000 {
-			p.heads[fmt.Sprintf("refs/tags/%d", i)] = sha("A")
-		}
-		for n := 1; n <= 250; n++ { // of which the last 200 are listed
-			p.pulls = append(p.pulls, pull(251-n, "P"))
-		}
-		r := newPolled(t, url, p, nil)
-		looks := func(n int) {
-			t.Helper()
-			n += p.looks("Acme/Widget")
-			r.eventually("more looks", func() bool { return p.looks("Acme/Widget") >= n })
-		}
-		looks(3)
-		p.setPulls(append([]forge.PullRequest{pull(3, "P")}, p.pulls...)...) // somebody said something about it
-		looks(4)
-		r.wantSaid("the first looks")
-		p.set("refs/tags/5000", sha("B"))
-		want := []string{"poll tag refs/tags/5000 A>B"}
-		r.wantSaid("one of many", want...)
-		p.setPulls(append([]forge.PullRequest{pull(251, "Q")}, p.pulls...)...)
-		want = append(want, "poll pull_request refs/merge-requests/251/head >Q opened")
-		r.wantSaid("a new one of many", want...)
-		p.set("refs/tags/x", sha("C"))
-		looks(1)
-	})
+	p := &polled{plain: &plain{}, heads: map[string]string{}}
+	for i := range 10_000 {
+		p.heads[fmt.Sprintf("refs/tags/%d", i)] = sha("A")
+	}
+	for n := 1; n <= 250; n++ { // of which the last 200 are listed
+		p.pulls = append(p.pulls, pull(251-n, "P"))
+	}
+	r := newPolled(t, testenv.SQLite(t), p, nil)
+	looks := func(n int) {
+		t.Helper()
+		n += p.looks("Acme/Widget")
+		r.eventually("more looks", func() bool { return p.looks("Acme/Widget") >= n })
+	}
+	looks(3)
+	p.setPulls(append([]forge.PullRequest{pull(3, "P")}, p.pulls...)...) // somebody said something about it
+	looks(4)
+	r.wantSaid("the first looks")
+	p.set("refs/tags/5000", sha("B"))
+	want := []string{"poll tag refs/tags/5000 A>B"}
+	r.wantSaid("one of many", want...)
+	p.setPulls(append([]forge.PullRequest{pull(251, "Q")}, p.pulls...)...)
+	want = append(want, "poll pull_request refs/merge-requests/251/head >Q opened")
+	r.wantSaid("a new one of many", want...)
+	p.set("refs/tags/x", sha("C"))
+	looks(1)
 }
