@@ -54,6 +54,15 @@ func newForgejo(t *testing.T, repos ...string) *forgejo {
 	return f
 }
 
+// configure writes the file of forges, with one more key.
+func (f *forgejo) configure(more string) {
+	f.t.Helper()
+	text := "forges: { codeberg: { driver: forgejo, url: '" + f.web.URL + "', token_file: token, webhook_secret_file: secret, allow: [acme], " + more + " } }\n"
+	if err := os.WriteFile(f.args[1], []byte(text), 0o600); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
 func (f *forgejo) commit(ref string, files map[string]string) string {
 	f.t.Helper()
 	tree := map[string]fakeforge.File{}
@@ -258,20 +267,29 @@ func TestForge(t *testing.T) {
 	last := f.commit("main", map[string]string{".solstice/workflow.yaml": hello, "hello": "after a crash\n"})
 	f.deliver("push", f.push(last))
 	f.Stop(syscall.SIGKILL)
+	f.configure("poll: 1s")
 	f.process = start(t, f.dir, f.args...)
 	for _, context := range contexts {
 		f.eventually("success after a crash of "+context, func() bool { _, s := f.states(last, context); return s.State == "success" })
 	}
 	c, ctx = f.client()
-	count := 0
-	for _, r := range runs() {
-		if r.GetCommit() == last {
-			count++
+	once := func(commit string) {
+		t.Helper()
+		if n := len(slices.DeleteFunc(runs(), func(r *pb.Run) bool { return r.GetCommit() != commit })); n != 1 {
+			t.Errorf("%d runs of a push", n)
 		}
 	}
-	if count != 1 {
-		t.Errorf("%d runs of the last push", count)
+	once(last)
+
+	// A push whose webhook does not come is found; when it comes after all, it is late.
+	missed := f.commit("main", map[string]string{".solstice/workflow.yaml": hello, "hello": "unheard\n"})
+	for _, context := range contexts {
+		f.eventually("success without a webhook of "+context, func() bool { _, s := f.states(missed, context); return s.State == "success" })
 	}
+	if code, text := f.post("push", "late", f.push(missed), "s3cret"); code != http.StatusAccepted || !strings.HasPrefix(text, "duplicate") {
+		t.Errorf("a late webhook: %d %s", code, text)
+	}
+	once(missed)
 }
 
 // TestForgesFile: a file that cannot be used is said before anything begins.

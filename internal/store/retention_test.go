@@ -326,6 +326,7 @@ func TestLeftovers(t *testing.T) {
 		msg := store.OutboxMessage{Key: "k", Topic: "t", Body: []byte("x"), CreatedAt: r.ago(0)}
 		_, err = r.db.NewInsert().Model(&msg).Exec(ctx)
 		must(t, err)
+		must(t, r.WatchNamed(ctx, []store.Watched{{Forge: "f", Name: "a/b"}}))
 		rules := store.Leftovers{Records: 24 * time.Hour, Tokens: 24 * time.Hour, Undelivered: 24 * time.Hour}
 		look := func(want store.Removed) {
 			t.Helper()
@@ -338,10 +339,10 @@ func TestLeftovers(t *testing.T) {
 		must(t, r.Beat(ctx, store.Orchestrator{ID: "new"}, time.Minute))
 		_, err = r.Lease(ctx, "new", "o", time.Minute)
 		must(t, err)
-		look(store.Removed{Machines: 1, Undelivered: 1, Others: 3})
+		look(store.Removed{Machines: 1, Undelivered: 1, Others: 4})
 		look(store.Removed{})
 		r.machine(c.Machine.ID)
-		for table, want := range map[string]int{"machines": 1, "leases": 1, "orchestrators": 1, "tokens": 1, "outbox": 0} {
+		for table, want := range map[string]int{"machines": 1, "leases": 1, "orchestrators": 1, "tokens": 1, "outbox": 0, "watched": 0} {
 			var n int
 			must(t, r.db.NewSelect().Table(table).ColumnExpr("count(*)").Scan(ctx, &n))
 			eq(t, table, n, want)

@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/solstice-ci/solstice-go/solstice/daemon/internal/operator"
 )
@@ -43,6 +44,7 @@ type entry struct {
 	AllowAll          bool             `yaml:"allow_all"`
 	Root              string           `yaml:"root"`
 	StatusDir         string           `yaml:"status_dir"`
+	Poll              string           `yaml:"poll"`
 	StatusesElsewhere bool             `yaml:"statuses_elsewhere"`
 	Plugin            *operator.Plugin `yaml:"plugin"`
 }
@@ -95,7 +97,7 @@ func parse(path string, data []byte) (*File, error) {
 // keysOf are the keys that only some drivers have.
 var keysOf = map[string]string{
 	"url": "github forgejo gitlab", "api_url": "github", "app_id": "github", "app_key_file": "github", "token_file": "github forgejo gitlab",
-	"webhook_secret_file": "github forgejo gitlab plugin", "root": "local", "status_dir": "local", "plugin": "plugin",
+	"webhook_secret_file": "github forgejo gitlab plugin", "poll": "github forgejo gitlab plugin", "root": "local", "status_dir": "local", "plugin": "plugin",
 }
 
 // check finds what is wrong with a forge by itself.
@@ -111,7 +113,7 @@ func (e *entry) check() (errs []error) {
 	}
 	given := map[string]bool{
 		"url": e.URL != "", "api_url": e.APIURL != "", "app_id": e.AppID != 0, "app_key_file": e.AppKeyFile != "", "token_file": e.TokenFile != "",
-		"webhook_secret_file": e.WebhookSecretFile != "", "root": e.Root != "", "status_dir": e.StatusDir != "", "plugin": e.Plugin != nil,
+		"webhook_secret_file": e.WebhookSecretFile != "", "poll": e.Poll != "", "root": e.Root != "", "status_dir": e.StatusDir != "", "plugin": e.Plugin != nil,
 	}
 	for _, key := range slices.Sorted(maps.Keys(given)) {
 		if given[key] && !slices.Contains(strings.Fields(keysOf[key]), kind) {
@@ -146,6 +148,9 @@ func (e *entry) check() (errs []error) {
 			bad("%s %q: want one like https://forge.example.org, without credentials", key, u)
 		}
 	}
+	if every := e.poll(); e.Poll != "" && e.Poll != "off" && every < time.Second {
+		bad("poll %q: want off, or a time of at least 1s, such as 10m", e.Poll)
+	}
 	if e.AllowAll && len(e.Allow) > 0 {
 		bad("allow and allow_all exclude each other")
 	}
@@ -155,6 +160,15 @@ func (e *entry) check() (errs []error) {
 		}
 	}
 	return errs
+}
+
+// poll is how often repositories are looked at, as integration.Instance has it.
+func (e *entry) poll() time.Duration {
+	if e.Poll == "off" {
+		return -1
+	}
+	every, _ := time.ParseDuration(e.Poll) // 0 is refused by check, and otherwise the default
+	return every
 }
 
 // kind is github, forgejo, gitlab, local, plugin or nothing.

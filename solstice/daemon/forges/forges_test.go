@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/solstice-ci/solstice-go/forge"
 	"github.com/solstice-ci/solstice-go/forge/remoteforge"
@@ -38,11 +39,12 @@ forges:
     token_file: token
     webhook_secret_file: secret
     allow: [acme, other/widget]
+    poll: 10m
   hub:
     driver: github
     token_file: token
     statuses_elsewhere: true
-  lab: { driver: gitlab, url: 'https://gitlab.example.org/path', token_file: token, webhook_secret_file: secret, allow_all: true }
+  lab: { driver: gitlab, url: 'https://gitlab.example.org/path', token_file: token, webhook_secret_file: secret, allow_all: true, poll: off }
   here: { driver: local, root: repos }
 `, map[string]string{"token": "t0k3n\n", "secret": "s3cret\r\n"})
 	if err := os.Mkdir(filepath.Join(filepath.Dir(file), "repos"), 0o700); err != nil {
@@ -71,6 +73,9 @@ forges:
 	in := s.Instances()
 	if len(in) != 2 || len(in["codeberg"].Allow) != 2 || !in["lab"].AllowAll {
 		t.Errorf("instances %v", in)
+	}
+	if in["codeberg"].Poll != 10*time.Minute || in["lab"].Poll >= 0 {
+		t.Errorf("polled every %s and %s", in["codeberg"].Poll, in["lab"].Poll)
 	}
 	if secret, err := in["codeberg"].Secret(t.Context(), "acme/widget"); err != nil || string(secret) != "s3cret" {
 		t.Errorf("secret %q, %v", secret, err)
@@ -134,6 +139,7 @@ func TestWrongFile(t *testing.T) {
 		"no URL":        {"forges: { a: { driver: gitlab } }", []string{"url is missing", "token_file is missing"}},
 		"URL":           {"forges: { a: { driver: gitea, url: 'https://u:p@x', token_file: t } }", []string{"without credentials"}},
 		"allow":         {"forges: { a: { driver: local, root: x, allow: ['acme/*'], allow_all: true } }", []string{`allow "acme/*"`, "exclude each other"}},
+		"poll":          {"forges: { a: { driver: local, root: x, poll: 1m }, b: { driver: 'grpc+unix:x', poll: often }, c: { driver: 'grpc+unix:x', poll: 9ms } }", []string{"poll is none of driver local", `poll "often"`, `poll "9ms"`}},
 		"no root":       {"forges: { a: { driver: local } }", []string{"root is missing"}},
 		"plugin":        {"forges: { a: { driver: command }, b: { driver: 'grpc+tls:x:1', plugin: { tls_ca: a, env: [X] } } }", []string{"go together", "needs all three", "plugin.env"}},
 	} {

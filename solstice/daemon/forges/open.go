@@ -168,7 +168,7 @@ func (s *Set) Instances() map[string]integration.Instance {
 		}
 		secret := p.secret
 		out[p.name] = integration.Instance{
-			Forge: p.forge, Allow: p.Allow, AllowAll: p.AllowAll,
+			Forge: p.forge, Allow: p.Allow, AllowAll: p.AllowAll, Poll: p.poll(),
 			Secret: func(context.Context, string) ([]byte, error) { return secret, nil },
 		}
 	}
