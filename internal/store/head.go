@@ -284,6 +284,20 @@ func (s *Store) ClaimLook(ctx context.Context, forge string, every time.Duration
 	return l, nil
 }
 
+// LookWithin has no look at a forge's repositories be further away than every: what put
+// it off was another configuration.
+func (s *Store) LookWithin(ctx context.Context, forge string, every time.Duration) error {
+	err := s.inTx(ctx, func(ctx context.Context, tx bun.Tx, now int64) error {
+		_, err := tx.NewUpdate().Model((*Watched)(nil)).Set("next_at = ?", now+micros(every)).
+			Where("forge = ? AND next_at > ?", forge, now+micros(every)).Exec(ctx)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("store: next looks: %w", err)
+	}
+	return nil
+}
+
 // LookAgain ends a look whose next one comes so long after its beginning.
 func (s *Store) LookAgain(ctx context.Context, l *Look, after time.Duration) error {
 	_, err := s.db.NewUpdate().Model((*Watched)(nil)).Set("next_at = ?", l.Began+max(1, micros(after))).

@@ -129,7 +129,12 @@ func (p *poller) grace() time.Duration { return min(p.every, lookGrace) }
 
 // watchNamed has those repositories looked at that Allow names.
 func (p *poller) watchNamed(ctx context.Context) error {
-	if !p.named.IsZero() && time.Since(p.named) < namedEvery {
+	switch {
+	case p.named.IsZero(): // another program may have put it off, or a refusal that is no more
+		if err := p.store.LookWithin(ctx, p.name, p.every); err != nil {
+			return err
+		}
+	case time.Since(p.named) < namedEvery:
 		return nil
 	}
 	var all []store.Watched
