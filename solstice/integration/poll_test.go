@@ -23,6 +23,7 @@ type polled struct {
 	heads map[string]string
 	pulls []forge.PullRequest
 	fails []error        // the next looks, one each
+	slow  time.Duration  // a look takes so long
 	seen  map[string]int // looks by repository
 
 	// With a gate a look waits until it may go on.
@@ -30,6 +31,7 @@ type polled struct {
 }
 
 func (p *polled) Heads(ctx context.Context, r forge.Repo) (map[string]string, error) {
+	time.Sleep(p.slow)
 	if p.arrived != nil {
 		select {
 		case p.arrived <- struct{}{}:
@@ -153,6 +155,7 @@ func newPolled(t *testing.T, url string, p *polled, edit func(*integration.Confi
 func TestPoll(t *testing.T) {
 	testenv.Databases(t, func(t *testing.T, url string) {
 		p := &polled{plain: &plain{}, heads: map[string]string{main: sha("A"), tag: sha("A")}, pulls: []forge.PullRequest{pull(7, "P")}}
+		p.slow = 50 * time.Millisecond // longer than their interval: both look at the same time
 		r := newPolled(t, url, p, func(c *integration.Config) {
 			other, err := integration.New(t.Context(), *c) // on the same database
 			if err != nil {
@@ -198,7 +201,7 @@ func TestPoll(t *testing.T) {
 		if d := list[len(list)-1]; d.State != "accepted" || d.Reason != "found by looking: its webhook did not come" || d.Repo != "Acme/Widget" || d.Kind != forge.KindPush {
 			t.Errorf("%+v", d)
 		}
-		if n := p.looks("acme/group"); n != 1 {
+		if n := p.looks("acme/group"); n > 2 { // one may have started after the other's look
 			t.Errorf("what is not there was looked at %d times", n)
 		}
 	})
