@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/http"
 
+	"go.opentelemetry.io/otel"
+
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/daemon/forges"
 	"github.com/solstice-ci/solstice-go/solstice/integration"
@@ -21,18 +23,24 @@ func (f *flags) forgesOfFile(ctx context.Context, dir string, cfg *solstice.Conf
 		return nil, problem("cannot open the forges of --forges", err, "")
 	}
 	open.add(set.Close)
-	for name, one := range set.Forges() {
-		if cfg.Forges[name] != nil {
-			return nil, usage("the forge "+name+" of --forges has the name of the repositories on this machine", nil, "give it another one")
+	for _, one := range set.All() {
+		switch {
+		case cfg.Forges[one.Name] != nil:
+			return nil, usage("the forge "+one.Name+" of --forges has the name of the repositories on this machine", nil, "give it another one")
+		case one.Serve != "":
+			return nil, usage("the orchestrator serves no forge to others, as serve of "+one.Name+" in --forges says", nil, "leave it to forge-integration")
 		}
-		cfg.Forges[name] = one
+		cfg.Forges[one.Name] = one.Forge
 	}
-	cfg.ReportedElsewhere = set.ReportedElsewhere()
+	cfg.ReportedElsewhere = set.OwnedElsewhere()
 	instances := set.Instances()
 	if len(instances) == 0 {
 		return nil, nil
 	}
-	in, err := integration.New(ctx, integration.Config{DB: cfg.DB, Queue: cfg.Queue, Forges: instances, Logger: cfg.Logger})
+	in, err := integration.New(ctx, integration.Config{
+		DB: cfg.DB, Queue: cfg.Queue, Forges: instances, Logger: cfg.Logger,
+		TracerProvider: otel.GetTracerProvider(), MeterProvider: otel.GetMeterProvider(),
+	})
 	if err != nil {
 		return nil, problem("cannot take webhooks", err, "")
 	}

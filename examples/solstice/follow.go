@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/solstice-ci/solstice-go/solstice"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/show"
 	"github.com/solstice-ci/solstice-go/solstice/logtext"
 )
 
@@ -51,7 +52,7 @@ func screenOf(o output, runs []solstice.Run) (*screen, naming) {
 // follow prints what happens until all runs are over; an interrupt, the end of
 // ctx, cancels them. watch ends with the engine.
 func (c *runCmd) follow(ctx, watch context.Context, eng *solstice.Engine, runs []solstice.Run) (int, error) {
-	out, name := screenOf(output{Plain: c.Plain, NoColor: c.NoColor}, runs)
+	out, name := screenOf(output{show.Output{Plain: c.Plain, NoColor: c.NoColor}}, runs)
 	cancelled := make(chan struct{})
 	uninterrupted := context.AfterFunc(ctx, func() {
 		defer close(cancelled)

@@ -58,6 +58,7 @@ func main() {
 		if err != nil {
 			return err
 		}
+		cmd.BindTo(ctx, (*context.Context)(nil))
 		return cmd.Run(&env{ctx: ctx})
 	})
 }

@@ -4,32 +4,22 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"strings"
 	"time"
 
-	"github.com/charmbracelet/lipgloss"
 	"golang.org/x/term"
+
+	"github.com/solstice-ci/solstice-go/solstice/daemon/show"
 )
 
 // output are the flags of commands that show something.
-type output struct {
-	JSON    bool   `name:"json" group:"Output" help:"Print JSON; see docs/cli.md."`
-	Plain   bool   `group:"Output" help:"No colours, also on a terminal."`
-	NoColor string `hidden:"" env:"NO_COLOR"` // https://no-color.org: anything but empty
-}
+type output struct{ show.Output }
 
-func (o output) screen(names ...string) *screen {
-	return newScreen(os.Stdout, !o.Plain && o.NoColor == "" && isTerminal(), names)
-}
+func (o output) screen(names ...string) *screen { return newScreen(os.Stdout, o.Colour(), names) }
 
 func isTerminal() bool { return term.IsTerminal(int(os.Stdout.Fd())) }
 
 // document prints one JSON document.
-func document(v any) error {
-	enc := json.NewEncoder(os.Stdout)
-	enc.SetIndent("", "  ")
-	return printed(enc.Encode(v))
-}
+func document(v any) error { return printed(show.Document(v)) }
 
 // line prints one of several JSON documents.
 func line(v any) error { return printed(json.NewEncoder(os.Stdout).Encode(v)) }
@@ -42,30 +32,13 @@ func printed(err error) error {
 }
 
 // table aligns columns; cells may be coloured.
-type table struct{ rows [][]string }
+type table struct{ show.Table }
 
-func (t *table) row(cells ...string) { t.rows = append(t.rows, cells) }
+func (t *table) row(cells ...string) { t.Row(cells...) }
 
 func (t *table) print(s *screen, indent string) {
-	var widths []int
-	for _, r := range t.rows {
-		for i, c := range r {
-			if i == len(widths) {
-				widths = append(widths, 0)
-			}
-			widths[i] = max(widths[i], lipgloss.Width(c))
-		}
-	}
-	for _, r := range t.rows {
-		var b strings.Builder
-		b.WriteString(indent)
-		for i, c := range r {
-			b.WriteString(c)
-			if i < len(r)-1 {
-				b.WriteString(strings.Repeat(" ", widths[i]-lipgloss.Width(c)+2))
-			}
-		}
-		s.printf("%s", b.String())
+	for line := range t.Lines() {
+		s.printf("%s%s", indent, line)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 
+	"github.com/solstice-ci/solstice-go/internal/grace"
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/queue"
 )
@@ -32,6 +33,9 @@ type Relay struct {
 	Tick   time.Duration
 	Kick   <-chan struct{}
 	Logger *slog.Logger
+	// Grace is how long it goes on after Run's context has ended, to publish what is
+	// in the outbox by then.
+	Grace time.Duration
 	// Noted may look at an error before it is logged.
 	Noted func(error) error
 }
@@ -39,14 +43,16 @@ type Relay struct {
 // Run publishes until ctx ends.
 func (r *Relay) Run(ctx context.Context) {
 	const batch = 256
+	work, cancel := grace.Context(ctx, r.Grace)
+	defer cancel()
 	tick := time.NewTicker(r.Tick)
 	defer tick.Stop()
 	retry := backoff.NewExponentialBackOff()
 	for {
 		began := time.Now()
-		n, err := r.publish(ctx, batch)
+		n, err := r.publish(work, batch)
 		switch {
-		case ctx.Err() != nil:
+		case ctx.Err() != nil && (err != nil || n < batch):
 			return
 		case err != nil:
 			if r.Noted != nil {
@@ -63,8 +69,7 @@ func (r *Relay) Run(ctx context.Context) {
 			continue
 		}
 		select {
-		case <-ctx.Done():
-			return
+		case <-ctx.Done(): // once more
 		case <-r.Kick:
 		case <-tick.C:
 		}

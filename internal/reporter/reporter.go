@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/solstice-ci/solstice-go/forge"
+	"github.com/solstice-ci/solstice-go/internal/grace"
 	"github.com/solstice-ci/solstice-go/internal/store"
 	"github.com/solstice-ci/solstice-go/solstice/api/messages"
 )
@@ -40,6 +41,8 @@ type Reporter struct {
 	// Tick is how often it looks without being told.
 	Tick   time.Duration
 	Logger *slog.Logger
+	// Grace is how long reports under way go on after Run's context has ended.
+	Grace time.Duration
 
 	mu    sync.Mutex
 	kicks map[string]chan struct{}
@@ -89,6 +92,8 @@ func (r *Reporter) Run(ctx context.Context) {
 // run tells one forge, several things at once: one that it is slow to take holds up
 // no other.
 func (r *Reporter) run(ctx context.Context, name string, f forge.Forge) {
+	work, cancel := grace.Context(ctx, r.Grace)
+	defer cancel()
 	var reports sync.WaitGroup
 	defer reports.Wait()
 	tick := time.NewTicker(r.Tick)
@@ -107,8 +112,8 @@ func (r *Reporter) run(ctx context.Context, name string, f forge.Forge) {
 		for _, d := range due {
 			slots <- struct{}{} // there is one
 			reports.Go(func() {
-				pause, err := r.report(ctx, f, d)
-				if err != nil && ctx.Err() == nil {
+				pause, err := r.report(work, f, d)
+				if err != nil && work.Err() == nil {
 					r.Logger.WarnContext(ctx, "end of a report not written down", "forge", name, "error", err)
 				}
 				<-slots

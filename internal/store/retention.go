@@ -384,25 +384,40 @@ func (s *Store) RemoveLeftovers(ctx context.Context, l Leftovers, limit int) (Re
 		}
 		*d.count += n
 	}
-	if l.Undelivered >= 0 {
-		// As long as a late message may ask for an older status.
-		n, err := s.deleteReports(ctx, now-micros(l.Undelivered), limit)
-		if r.Others += n; err != nil {
-			return r, fmt.Errorf("store: leftovers in reports: %w", err)
-		}
-		n, err = s.deleteOver(ctx, "deliveries", "id", func(q *bun.SelectQuery) *bun.SelectQuery {
-			return q.Where("received_at <= ?", now-micros(l.Undelivered))
-		}, limit)
-		if r.Others += n; err != nil {
-			return r, fmt.Errorf("store: leftovers in deliveries: %w", err)
-		}
-		n, err = s.deleteWatched(ctx, now-micros(l.Undelivered), limit)
-		if r.Others += n; err != nil {
-			return r, fmt.Errorf("store: leftovers in watched: %w", err)
-		}
-		if r.Undelivered, err = s.removeUndelivered(ctx, now-micros(l.Undelivered), limit); err != nil {
-			return r, fmt.Errorf("store: leftovers in outbox: %w", err)
-		}
+	if l.Undelivered < 0 {
+		return r, nil
+	}
+	of, err := s.RemoveDeliveries(ctx, l.Undelivered, limit)
+	r.Others, r.Undelivered = r.Others+of.Others, of.Undelivered
+	return r, err
+}
+
+// RemoveDeliveries deletes what is that old of what went between us and forges:
+// webhooks, what forges were told, messages that could not be published; at most
+// limit of each kind.
+func (s *Store) RemoveDeliveries(ctx context.Context, age time.Duration, limit int) (r Removed, err error) {
+	now, err := s.Now(ctx)
+	if err != nil {
+		return r, err
+	}
+	before := now - micros(age)
+	// As long as a late message may ask for an older status.
+	n, err := s.deleteReports(ctx, before, limit)
+	if r.Others += n; err != nil {
+		return r, fmt.Errorf("store: leftovers in reports: %w", err)
+	}
+	n, err = s.deleteOver(ctx, "deliveries", "id", func(q *bun.SelectQuery) *bun.SelectQuery {
+		return q.Where("received_at <= ?", before)
+	}, limit)
+	if r.Others += n; err != nil {
+		return r, fmt.Errorf("store: leftovers in deliveries: %w", err)
+	}
+	n, err = s.deleteWatched(ctx, before, limit)
+	if r.Others += n; err != nil {
+		return r, fmt.Errorf("store: leftovers in watched: %w", err)
+	}
+	if r.Undelivered, err = s.removeUndelivered(ctx, before, limit); err != nil {
+		return r, fmt.Errorf("store: leftovers in outbox: %w", err)
 	}
 	return r, nil
 }

@@ -18,14 +18,45 @@ import (
 	"google.golang.org/grpc/status"
 )
 
+// ServerTLS are the flags of how a gRPC listener proves itself, and to whom.
+type ServerTLS struct {
+	GRPCTLSCert string `group:"gRPC" name:"grpc-tls-cert" env:"GRPC_TLS_CERT" placeholder:"FILE" help:"PEM file of the server's certificate chain; read again when it changes."`
+	GRPCTLSKey  string `group:"gRPC" name:"grpc-tls-key" env:"GRPC_TLS_KEY" placeholder:"FILE" help:"PEM file of the certificate's key."`
+	GRPCTLSCA   string `group:"gRPC" name:"grpc-tls-ca" env:"GRPC_TLS_CA" placeholder:"FILE" help:"PEM file of the authorities whose client certificates are verified."`
+}
+
+// Mutual is for listeners that only let clients in whose certificate the authorities
+// have signed. All three files have to be given.
+func (s ServerTLS) Mutual() (*tls.Config, error) {
+	if s.GRPCTLSCert == "" || s.GRPCTLSKey == "" || s.GRPCTLSCA == "" {
+		return nil, &ExitError{Code: ExitUsage, Err: &Problem{
+			What: "gRPC on TCP needs certificates on both sides", Advice: "give --grpc-tls-cert, --grpc-tls-key and --grpc-tls-ca, or use a Unix socket",
+		}}
+	}
+	r := &reloader{cert: s.GRPCTLSCert, key: s.GRPCTLSKey, ca: s.GRPCTLSCA}
+	if _, err := r.config(nil); err != nil {
+		return nil, &Problem{What: "cannot use the TLS files for gRPC", Err: err}
+	}
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, ClientAuth: tls.RequireAndVerifyClientCert,
+		GetConfigForClient: func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+			c, err := r.config(h)
+			if err != nil {
+				return nil, err
+			}
+			c = c.Clone()
+			c.ClientAuth = tls.RequireAndVerifyClientCert
+			return c, nil
+		},
+	}, nil
+}
+
 // GRPC are the flags of the gRPC listener for clients.
 type GRPC struct {
+	ServerTLS
 	GRPCAddr         string `group:"gRPC" name:"grpc-addr" env:"GRPC_ADDR" placeholder:"HOST:PORT" help:"Address for gRPC clients; in place of host and port."`
 	GRPCHost         string `group:"gRPC" name:"grpc-host" env:"GRPC_HOST" default:"127.0.0.1" help:"Host to listen at for gRPC clients."`
 	GRPCPort         uint16 `group:"gRPC" name:"grpc-port" env:"GRPC_PORT" default:"50051" help:"Port to listen at for gRPC clients."`
-	GRPCTLSCert      string `group:"gRPC" name:"grpc-tls-cert" env:"GRPC_TLS_CERT" placeholder:"FILE" help:"PEM file of the server's certificate chain; read again when it changes."`
-	GRPCTLSKey       string `group:"gRPC" name:"grpc-tls-key" env:"GRPC_TLS_KEY" placeholder:"FILE" help:"PEM file of the certificate's key."`
-	GRPCTLSCA        string `group:"gRPC" name:"grpc-tls-ca" env:"GRPC_TLS_CA" placeholder:"FILE" help:"PEM file of the authorities whose client certificates are verified."`
 	GRPCKeepaliveMS  int    `group:"gRPC" name:"grpc-keepalive-ms" env:"GRPC_KEEPALIVE_MS" default:"20000" help:"Silence after which a connection is probed."`
 	GRPCMaxMessageMB int    `group:"gRPC" name:"grpc-max-message-mb" env:"GRPC_MAX_MESSAGE_MB" default:"32" help:"Largest message."`
 	GRPCTimeoutMS    int    `group:"gRPC" name:"grpc-timeout-ms" env:"GRPC_TIMEOUT_MS" default:"10000" help:"Longest unary call; longer deadlines are shortened to it."`

@@ -52,7 +52,7 @@ func TestGRPCServer(t *testing.T) {
 	dir := t.TempDir()
 	pool := pemFiles(t, dir)
 	g := GRPC{
-		GRPCAddr: "127.0.0.1:0", GRPCTLSCert: filepath.Join(dir, "cert.pem"), GRPCTLSKey: filepath.Join(dir, "key.pem"),
+		GRPCAddr: "127.0.0.1:0", ServerTLS: ServerTLS{GRPCTLSCert: filepath.Join(dir, "cert.pem"), GRPCTLSKey: filepath.Join(dir, "key.pem")},
 		GRPCKeepaliveMS: 20000, GRPCMaxMessageMB: 32, GRPCTimeoutMS: 10000,
 	}
 	lis, err := g.Listen(t.Context())
@@ -117,7 +117,7 @@ func TestGRPCNeedsTLS(t *testing.T) {
 	if _, err := (GRPC{}).ServerOptions(nil); err == nil {
 		t.Error("no certificate at all was accepted")
 	}
-	if _, err := (GRPC{GRPCTLSCert: "cert.pem"}).ServerOptions(ca.ServerConfig()); err == nil {
+	if _, err := (GRPC{ServerTLS: ServerTLS{GRPCTLSCert: "cert.pem"}}).ServerOptions(ca.ServerConfig()); err == nil {
 		t.Error("a certificate without key was accepted")
 	}
 	if _, err := (GRPC{}).ServerOptions(ca.ServerConfig()); err != nil {

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,8 @@ import (
 type Program struct {
 	// Name of the program, also its default service name in telemetry.
 	Name string
+	// StateName is the directory of ${state_dir}; empty: solstice.
+	StateName string
 	// Description is the first paragraph of --help.
 	Description string
 	// Args are the arguments without the program's name. Nil: the process's.
@@ -64,7 +67,7 @@ func Parse(flags any, p Program, options ...kong.Option) (*kong.Context, error) 
 		kong.ValueFormatter(src.help),
 		kong.Resolvers(src),
 		kong.Bind(src),
-		kong.Vars{"version": Version(), "program": p.Name, "state_dir": stateDir(src.env)},
+		kong.Vars{"version": Version(), "program": p.Name, "state_dir": stateDir(src.env, cmp.Or(p.StateName, "solstice"))},
 	}, options...)
 	parser, err := kong.New(flags, all...)
 	if err != nil {
@@ -174,13 +177,13 @@ func environ(list []string) map[string]string {
 
 // stateDir follows the XDG Base Directory Specification
 // (https://specifications.freedesktop.org/basedir-spec/).
-func stateDir(env map[string]string) string {
+func stateDir(env map[string]string, name string) string {
 	// The specification says to ignore relative paths.
 	if d := env["XDG_STATE_HOME"]; filepath.IsAbs(d) {
-		return filepath.Join(d, "solstice")
+		return filepath.Join(d, name)
 	}
 	if d := env["HOME"]; filepath.IsAbs(d) {
-		return filepath.Join(d, ".local", "state", "solstice")
+		return filepath.Join(d, ".local", "state", name)
 	}
 	return ""
 }

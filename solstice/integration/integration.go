@@ -83,6 +83,13 @@ type Config struct {
 	// Poll is how often each repository is looked at for heads whose webhooks never
 	// came, at forges that list heads; 5 min, negative: never.
 	Poll time.Duration
+	// DeliveryAge is how long webhooks are kept, and what forges were told; at least
+	// an hour. 0: somebody else removes them. While an engine works on the same
+	// database its retention counts, not this.
+	DeliveryAge time.Duration
+	// Grace is how long messages and statuses that are under way go on after Run's
+	// context has ended; 0: not at all.
+	Grace time.Duration
 
 	Logger         *slog.Logger // nil: silent
 	TracerProvider trace.TracerProvider
@@ -130,8 +137,11 @@ func (c *Config) fill() error {
 			}
 		}
 	}
-	if c.MaxBodyBytes < 0 || c.BodyTimeout < 0 || c.MaxRequests < 0 || c.DuplicateBody < 0 || c.Tick < 0 {
+	if c.MaxBodyBytes < 0 || c.BodyTimeout < 0 || c.MaxRequests < 0 || c.DuplicateBody < 0 || c.Tick < 0 || c.DeliveryAge < 0 || c.Grace < 0 {
 		bad("limits are not negative")
+	}
+	if c.DeliveryAge > 0 && c.DeliveryAge < time.Hour {
+		bad("DeliveryAge is %s, at least an hour is needed", c.DeliveryAge)
 	}
 	if c.Prefix == "" {
 		c.Prefix = "/webhooks/"
@@ -207,15 +217,26 @@ func New(ctx context.Context, cfg Config) (*Integration, error) {
 // Deliveries are those that it took.
 func (in *Integration) Deliveries() *Deliveries { return &Deliveries{in.store} }
 
+// Ready reports whether webhooks can be written down.
+func (in *Integration) Ready(ctx context.Context) error {
+	if _, err := in.store.Now(ctx); err != nil {
+		return fmt.Errorf("integration: database: %w", err)
+	}
+	return nil
+}
+
 // Run publishes what webhooks ask for, looks for heads whose webhooks never came, and
 // reports statuses, until ctx ends.
 func (in *Integration) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	r := relay.Relay{Store: in.store, Queue: in.cfg.Queue, Owner: in.id, Lease: lease, Tick: in.cfg.Tick, Kick: in.kick, Logger: in.log}
+	r := relay.Relay{Store: in.store, Queue: in.cfg.Queue, Owner: in.id, Lease: lease, Tick: in.cfg.Tick, Kick: in.kick, Logger: in.log, Grace: in.cfg.Grace}
 	wg.Go(func() { r.Run(ctx) })
 	in.poll(ctx, &wg)
+	if in.cfg.DeliveryAge > 0 {
+		wg.Go(func() { in.collect(ctx) })
+	}
 	if in.cfg.ReportStatuses {
-		rep := &reporter.Reporter{Store: in.store, Forges: map[string]forge.Forge{}, Owner: in.id, Lease: lease, Tick: in.cfg.Tick, Logger: in.log}
+		rep := &reporter.Reporter{Store: in.store, Forges: map[string]forge.Forge{}, Owner: in.id, Lease: lease, Tick: in.cfg.Tick, Logger: in.log, Grace: in.cfg.Grace}
 		for name, f := range in.cfg.Forges {
 			rep.Forges[name] = f.Forge
 		}

@@ -4,7 +4,7 @@
 //	file, err := forges.ReadFile("forges.yaml")
 //	set, err := file.Open(ctx, forges.Options{Logger: log})
 //	defer set.Close()
-//	cfg.Forges, cfg.ReportedElsewhere = set.Forges(), set.ReportedElsewhere()
+//	cfg.Forges, cfg.ReportedElsewhere = set.Forges(), set.OwnedElsewhere()
 package forges
 
 import (
@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/url"
 	"regexp"
 	"slices"
@@ -45,7 +46,8 @@ type entry struct {
 	Root              string           `yaml:"root"`
 	StatusDir         string           `yaml:"status_dir"`
 	Poll              string           `yaml:"poll"`
-	StatusesElsewhere bool             `yaml:"statuses_elsewhere"`
+	OwnedElsewhere    bool             `yaml:"owned_elsewhere"`
+	Serve             string           `yaml:"serve"`
 	Plugin            *operator.Plugin `yaml:"plugin"`
 }
 
@@ -87,6 +89,14 @@ func parse(path string, data []byte) (*File, error) {
 			errs = append(errs, fmt.Errorf("%s: forge %s: %w", path, name, err))
 		}
 		out.forges = append(out.forges, *e)
+	}
+	served := map[string]string{}
+	for _, e := range out.forges {
+		at := e.Serve
+		if other := served[at]; at != "" && other != "" {
+			errs = append(errs, fmt.Errorf("%s: forge %s: %s is served at %s already", path, e.name, other, at))
+		}
+		served[at] = e.name
 	}
 	if len(errs) > 0 {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, errors.Join(errs...))
@@ -154,6 +164,12 @@ func (e *entry) check() (errs []error) {
 	if e.AllowAll && len(e.Allow) > 0 {
 		bad("allow and allow_all exclude each other")
 	}
+	if e.OwnedElsewhere && (e.WebhookSecretFile != "" || e.AllowAll || len(e.Allow) > 0 || e.Serve != "") {
+		bad("owned_elsewhere: webhook_secret_file, allow, allow_all and serve are the owner's")
+	}
+	if e.Serve != "" && CheckListen(e.Serve) != nil {
+		bad("serve %q: want unix:PATH or HOST:PORT", e.Serve)
+	}
 	for _, a := range e.Allow {
 		if a == "" || strings.Trim(a, "/") != a || strings.ContainsAny(a, "* ") {
 			bad("allow %q: want an owner or owner/name", a)
@@ -182,4 +198,22 @@ func (e *entry) kind() string {
 		return "plugin"
 	}
 	return ""
+}
+
+// socket is unix:PATH with the path beside the file; other addresses stay.
+func (e *entry) socket(at string) string {
+	if file, ok := strings.CutPrefix(at, "unix:"); ok {
+		return "unix:" + operator.Beside(e.file, file)
+	}
+	return at
+}
+
+// CheckListen says what is wrong with an address that a forge is served at: want
+// unix:PATH or HOST:PORT.
+func CheckListen(at string) error {
+	file, unix := strings.CutPrefix(at, "unix:")
+	if _, _, err := net.SplitHostPort(at); unix && file == "" || !unix && err != nil {
+		return fmt.Errorf("%w: %q: want unix:PATH or HOST:PORT", ErrInvalid, at)
+	}
+	return nil
 }

@@ -43,9 +43,9 @@ forges:
   hub:
     driver: github
     token_file: token
-    statuses_elsewhere: true
+    owned_elsewhere: true
   lab: { driver: gitlab, url: 'https://gitlab.example.org/path', token_file: token, webhook_secret_file: secret, allow_all: true, poll: off }
-  here: { driver: local, root: repos }
+  here: { driver: local, root: repos, serve: 'unix:here.sock' }
 `, map[string]string{"token": "t0k3n\n", "secret": "s3cret\r\n"})
 	if err := os.Mkdir(filepath.Join(filepath.Dir(file), "repos"), 0o700); err != nil {
 		t.Fatal(err)
@@ -67,8 +67,12 @@ forges:
 	if got := s.Forges(); len(got) != 4 || got["codeberg"] == nil || got["here"] == nil {
 		t.Errorf("forges %v", got)
 	}
-	if got := s.ReportedElsewhere(); len(got) != 1 || got[0] != "hub" {
-		t.Errorf("reported elsewhere: %v", got)
+	if got := s.OwnedElsewhere(); len(got) != 1 || got[0] != "hub" {
+		t.Errorf("owned elsewhere: %v", got)
+	}
+	all := s.All()
+	if len(all) != 4 || all[0].URL != "https://codeberg.org" || all[1].Serve != "unix:"+filepath.Join(filepath.Dir(file), "here.sock") {
+		t.Errorf("all: %+v", all)
 	}
 	in := s.Instances()
 	if len(in) != 2 || len(in["codeberg"].Allow) != 2 || !in["lab"].AllowAll {
@@ -140,6 +144,8 @@ func TestWrongFile(t *testing.T) {
 		"URL":           {"forges: { a: { driver: gitea, url: 'https://u:p@x', token_file: t } }", []string{"without credentials"}},
 		"allow":         {"forges: { a: { driver: local, root: x, allow: ['acme/*'], allow_all: true } }", []string{`allow "acme/*"`, "exclude each other"}},
 		"poll":          {"forges: { a: { driver: local, root: x, poll: 1m }, b: { driver: 'grpc+unix:x', poll: often }, c: { driver: 'grpc+unix:x', poll: 9ms } }", []string{"poll is none of driver local", `poll "often"`, `poll "9ms"`}},
+		"owned":         {"forges: { a: { driver: 'grpc+unix:x', owned_elsewhere: true, allow: [acme] } }", []string{"allow, allow_all and serve are the owner's"}},
+		"served":        {"forges: { a: { driver: local, root: x, serve: 'x' }, b: { driver: local, root: x, serve: 'unix:y' }, c: { driver: local, root: x, serve: 'unix:y' } }", []string{`serve "x"`, "forge c: b is served at unix:y already"}},
 		"no root":       {"forges: { a: { driver: local } }", []string{"root is missing"}},
 		"plugin":        {"forges: { a: { driver: command }, b: { driver: 'grpc+tls:x:1', plugin: { tls_ca: a, env: [X] } } }", []string{"go together", "needs all three", "plugin.env"}},
 	} {

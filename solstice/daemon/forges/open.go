@@ -29,15 +29,22 @@ type Options struct {
 	Logger   *slog.Logger // nil: silent
 }
 
-// Set is a file's forges, open.
-type Set struct {
-	opened []*opened
+// Forge is one of a Set.
+type Forge struct {
+	Name string
+	integration.Instance
+	// URL is what people open; empty where there is none.
+	URL string
+	// OwnedElsewhere: another program takes its webhooks, and reports its statuses.
+	OwnedElsewhere bool
+	// Serve is where this program serves it to others: unix:PATH or HOST:PORT; empty:
+	// nowhere.
+	Serve string
 }
 
-type opened struct {
-	*entry
-	forge  forge.Forge
-	secret []byte // of webhooks; empty: none
+// Set is a file's forges, open.
+type Set struct {
+	all []Forge // by name
 }
 
 // Open opens the forges. The error names the forge. Forges that are not there yet
@@ -54,16 +61,22 @@ func (f *File) Open(ctx context.Context, o Options) (_ *Set, err error) {
 	}()
 	for i := range f.forges {
 		e := &f.forges[i]
-		p := &opened{entry: e}
-		if e.WebhookSecretFile != "" {
-			if p.secret, err = e.read("webhook_secret_file", e.WebhookSecretFile); err != nil {
+		one := Forge{Name: e.name, URL: e.webURL(), OwnedElsewhere: e.OwnedElsewhere, Serve: e.socket(e.Serve)}
+		one.Allow, one.AllowAll, one.Poll = e.Allow, e.AllowAll, e.poll()
+		switch {
+		case e.WebhookSecretFile != "":
+			secret, err := e.read("webhook_secret_file", e.WebhookSecretFile)
+			if err != nil {
 				return nil, fmt.Errorf("forge %s: %w", e.name, err)
 			}
+			one.Secret = Secret(secret)
+		case e.kind() == "plugin" && !e.OwnedElsewhere: // which holds it itself
+			one.Secret = Secret(nil)
 		}
-		if p.forge, err = e.open(ctx, o); err != nil {
+		if one.Forge, err = e.open(ctx, o); err != nil {
 			return nil, fmt.Errorf("forge %s: %w", e.name, err)
 		}
-		s.opened = append(s.opened, p)
+		s.all = append(s.all, one)
 	}
 	return s, nil
 }
@@ -136,40 +149,50 @@ func (e *entry) openPlugin(ctx context.Context, o Options) (forge.Forge, error) 
 	if err != nil {
 		return nil, err
 	}
-	return opens(remoteforge.Open(ctx, remoteforge.Config{Target: operator.Target(e.Driver), TLS: secured}))
+	return opens(remoteforge.Open(ctx, remoteforge.Config{Target: e.socket(operator.Target(e.Driver)), TLS: secured}))
 }
+
+// webURL is what people open.
+func (e *entry) webURL() string {
+	if e.kind() == "github" && e.URL == "" {
+		return "https://github.com"
+	}
+	return e.URL
+}
+
+// Secret is the same for every repository.
+func Secret(secret []byte) forge.SecretFunc {
+	return func(context.Context, string) ([]byte, error) { return secret, nil }
+}
+
+// All gives them by name.
+func (s *Set) All() []Forge { return slices.Clone(s.all) }
 
 // Forges are the engine's, by name.
 func (s *Set) Forges() map[string]forge.Forge {
 	out := map[string]forge.Forge{}
-	for _, p := range s.opened {
-		out[p.name] = p.forge
+	for _, f := range s.all {
+		out[f.Name] = f.Forge
 	}
 	return out
 }
 
-// ReportedElsewhere are those whose statuses another program reports.
-func (s *Set) ReportedElsewhere() (names []string) {
-	for _, p := range s.opened {
-		if p.StatusesElsewhere {
-			names = append(names, p.name)
+// OwnedElsewhere are those whose webhooks and statuses are another program's.
+func (s *Set) OwnedElsewhere() (names []string) {
+	for _, f := range s.all {
+		if f.OwnedElsewhere {
+			names = append(names, f.Name)
 		}
 	}
 	return names
 }
 
 // Instances are the integration's: those whose webhooks this program takes, by name.
-// A plugin holds its secret itself.
 func (s *Set) Instances() map[string]integration.Instance {
 	out := map[string]integration.Instance{}
-	for _, p := range s.opened {
-		if !p.forge.Capabilities().Webhooks || len(p.secret) == 0 && p.kind() != "plugin" {
-			continue
-		}
-		secret := p.secret
-		out[p.name] = integration.Instance{
-			Forge: p.forge, Allow: p.Allow, AllowAll: p.AllowAll, Poll: p.poll(),
-			Secret: func(context.Context, string) ([]byte, error) { return secret, nil },
+	for _, f := range s.all {
+		if f.Secret != nil && f.Forge.Capabilities().Webhooks {
+			out[f.Name] = f.Instance
 		}
 	}
 	return out
@@ -178,8 +201,8 @@ func (s *Set) Instances() map[string]integration.Instance {
 // Close closes the forges.
 func (s *Set) Close() error {
 	var errs []error
-	for _, p := range slices.Backward(s.opened) {
-		errs = append(errs, p.forge.Close())
+	for _, f := range slices.Backward(s.all) {
+		errs = append(errs, f.Forge.Close())
 	}
 	return errors.Join(errs...)
 }
