@@ -65,19 +65,6 @@ func (serveCmd) Run(ctx context.Context, d *Daemon) (err error) {
 		}
 		open = append(open, unlock)
 	}
-	db, err := f.Database.Open(ctx, dir, log)
-	if err != nil {
-		return err
-	}
-	open = append(open, db.Close)
-	if err := d.migrate(ctx, db); err != nil {
-		return err
-	}
-	q, err := d.queue(ctx, db, log)
-	if err != nil {
-		return err
-	}
-	open = append(open, q.Close)
 	all, closeAll, err := d.Open(ctx, dir, log)
 	if err != nil {
 		return err
@@ -94,6 +81,19 @@ func (serveCmd) Run(ctx context.Context, d *Daemon) (err error) {
 			}
 		}
 	}
+	db, err := f.Database.Open(ctx, dir, log)
+	if err != nil {
+		return err
+	}
+	open = append(open, db.Close)
+	if err := d.migrate(ctx, db); err != nil {
+		return err
+	}
+	q, err := d.queue(ctx, db, log)
+	if err != nil {
+		return err
+	}
+	open = append(open, q.Close)
 	in, err := integration.New(ctx, integration.Config{
 		DB: db, Queue: q, Forges: instances(all), ReportStatuses: true, DeliveryAge: max(0, time.Duration(f.RetainDeliveries)), Grace: f.DrainTimeout,
 		Logger: log, TracerProvider: otel.GetTracerProvider(), MeterProvider: otel.GetMeterProvider(),
