@@ -248,9 +248,9 @@ func (f *fleet) testGitHub(t *testing.T) {
 	// One that does not end is cancelled by its button.
 	forever := push("forever", map[string]string{".solstice/workflow.yaml": "jobs: { test: { steps: [{ run: 'while :; do sleep 0.1; done' }] } }\n"})
 	eventually(t, "a job under way", func() bool {
-		return check(forever, job).Status == "in_progress" && len(check(forever, job).Actions) > 0
+		return check(forever, job).Status == "in_progress" && len(check(forever, whole).Actions) > 0
 	})
-	f.tellGitHub(t, "check_run", fakegithub.Button(base, check(forever, job), "cancel", alice))
+	f.tellGitHub(t, "check_run", fakegithub.Button(base, check(forever, whole), "cancel", alice))
 	ends(forever, job, "cancelled")
 	ends(forever, whole, "cancelled")
 

@@ -500,3 +500,117 @@ func TestConfig(t *testing.T) {
 		}
 	}
 }
+
+// slow is a forge that takes a status when it is let.
+type slow struct {
+	plain
+	asked, let chan struct{}
+}
+
+func (s *slow) ReportStatus(ctx context.Context, _ forge.Repo, _ string, st forge.Status) error {
+	s.asked <- struct{}{}
+	select {
+	case <-s.let:
+		return s.plain.ReportStatus(ctx, forge.Repo{}, "", st)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// TestGrace: what is under way when Run is to end has its time: a webhook that was
+// taken is published, and a report that was begun is made.
+func TestGrace(t *testing.T) {
+	db, err := sqldb.Open(t.Context(), testenv.SQLite(t), sqldb.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if err := solstice.Migrate(t.Context(), db); err != nil {
+		t.Fatal(err)
+	}
+	q := memqueue.New()
+	defer q.Close()
+	s := &slow{asked: make(chan struct{}), let: make(chan struct{})}
+	in, err := integration.New(t.Context(), integration.Config{DB: db, Queue: q, ReportStatuses: true, Grace: time.Minute, Forges: map[string]integration.Instance{
+		"f": {Forge: s, AllowAll: true, Secret: func(context.Context, string) ([]byte, error) { return []byte("secret"), nil }},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan struct{})
+	go func() { defer close(done); _ = in.Run(ctx) }()
+	m, err := messages.Encode(messages.Status{Forge: "f", Repo: forge.Repo{Owner: "acme", Name: "widget"}, Commit: "1", Status: forge.Status{Key: "k", Version: 1, State: forge.StatusSuccess}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.ID = "status"
+	if err := q.Publish(t.Context(), messages.StatusTopic("f"), []queue.Message{m}, queue.PublishOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	<-s.asked
+	cancel()
+	close(s.let)
+	<-done
+	if len(s.statuses) != 1 {
+		t.Errorf("a report that was begun was made %d times", len(s.statuses))
+	}
+
+	body := push("acme", "1")
+	w, r := httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/webhooks/f", bytes.NewReader(body))
+	r.Header.Set("X-Signature", sign(body))
+	in.ServeHTTP(w, r)
+	if w.Code != http.StatusAccepted {
+		t.Fatalf("%d %s", w.Code, w.Body)
+	}
+	_ = in.Run(ctx) // which is over
+	sub, err := q.Subscribe(t.Context(), messages.TopicRunRequest, queue.SubscribeOptions{Group: messages.Group})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sub.Close()
+	if d, err := sub.Next(t.Context()); err != nil {
+		t.Errorf("what a webhook asked for: %v, %v", d, err)
+	}
+}
+
+// TestRetention: old webhooks go, but for those of a database on which an engine
+// works, whose rules count.
+func TestRetention(t *testing.T) {
+	testenv.Databases(t, func(t *testing.T, url string) {
+		var db *bun.DB
+		var cfg integration.Config
+		r := newRig(t, url, func(c *integration.Config) { cfg, db = *c, c.DB })
+		r.good("old", push("acme", "1"))
+		r.good("new", push("acme", "2"))
+		r.eventually("both requests", func() bool { return len(r.asked()) == 2 })
+		exec := func(query string) {
+			t.Helper()
+			if _, err := db.NewRaw(query).Exec(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		exec("UPDATE deliveries SET received_at = 1 WHERE delivery = 'old'")
+		exec("INSERT INTO orchestrators (id, addr, slots, seen_at, lease_until) VALUES ('o', '', 1, 1, 9000000000000000)")
+		cfg.DeliveryAge = time.Hour
+		in, err := integration.New(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		left := func() int {
+			list, err := in.Deliveries().List(t.Context(), integration.DeliveryFilter{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return len(list)
+		}
+		if n, err := in.RemoveOld(t.Context()); n != 0 || err != nil || left() != 2 {
+			t.Errorf("beside an engine %d went, %v", n, err)
+		}
+		exec("DELETE FROM orchestrators")
+		if n, err := in.RemoveOld(t.Context()); n != 1 || err != nil || left() != 1 {
+			t.Errorf("%d went, %v", n, err)
+		}
+	})
+}
