@@ -32,7 +32,8 @@
 //     module of its own (docs/writing-a-vm-provider.md);
 //     forge/remoteforge does so for forges, such as examples/bareforge
 //     (docs/writing-a-forge.md).
-//   - examples: the CLI (examples/solstice), the daemon (examples/orchestrator),
+//   - examples: the CLI (examples/solstice), the daemons (examples/orchestrator;
+//     examples/forge-integration and examples/github-integration, which own forges),
 //     the agent's main, and an embedding in a hundred lines (examples/embed). They import nothing internal.
 //   - internal/store: the rows and transitions that the engine stands on;
 //     internal/house: the rules of this module as tests.

@@ -39,6 +39,7 @@ func TestIntegrations(t *testing.T) {
 const hello = "jobs: { test: { matrix: { n: [1, 2] }, steps: [{ run: 'cat hello' }] } }\n"
 
 func (f *fleet) testForgejo(t *testing.T) {
+	t.Parallel()
 	contexts := []string{"solstice/workflow", "solstice/workflow/test (n 1)", "solstice/workflow/test (n 2)"}
 	// states are those that people saw beside a commit for a context, in order.
 	states := func(commit, context string) (states []string, last fakeforgejo.Status) {
@@ -173,6 +174,7 @@ func (f *fleet) testCommands(t *testing.T, last string) {
 }
 
 func (f *fleet) testGitHub(t *testing.T) {
+	t.Parallel()
 	repos, base := f.github.Repos, f.web.github.URL
 	alice, mallory := fakegithub.User{ID: 8, Login: "alice"}, fakegithub.User{ID: 7, Login: "mallory"}
 	f.github.SetUser(alice.ID, alice.Login)
