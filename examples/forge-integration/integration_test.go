@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/solstice-ci/solstice-go/forge/remoteforge"
 	"github.com/solstice-ci/solstice-go/internal/fakeforge"                     //nolint:depguard // the test is not part of the main that is copied
 	fakeforgejo "github.com/solstice-ci/solstice-go/internal/fakeforge/forgejo" //nolint:depguard // the same
 	fakegithub "github.com/solstice-ci/solstice-go/internal/fakeforge/github"   //nolint:depguard // the same
@@ -82,6 +83,32 @@ func (f *fleet) testForgejo(t *testing.T) {
 		if code, text := get(t, "http://"+o.http+path); code != http.StatusOK || !strings.Contains(text, want) {
 			t.Errorf("%s: %d %.200s", path, code, text)
 		}
+	}
+
+	// The orchestrator takes none of its webhooks; whoever reaches the socket may
+	// have one looked at.
+	body, err := f.forgejo.Push(t.Context(), f.web.forgejo.URL, "acme/widget", "refs/heads/main", strings.Repeat("0", 40), first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := func(to string) *http.Request {
+		t.Helper()
+		r, err := fakeforgejo.Request(t.Context(), "http://"+to+"/webhooks/codeberg", "push", "asked", body, []byte("s3cret"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	if code, text := answered(t, request(f.orchestrator.Said("http_addr")), nil); code != http.StatusNotFound {
+		t.Errorf("a webhook to the orchestrator: %d %s", code, text)
+	}
+	remote, err := remoteforge.Open(t.Context(), remoteforge.Config{Target: "unix:" + filepath.Join(filepath.Dir(o.dir), "codeberg.sock")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = remote.Close() }()
+	if ev, err := remote.ParseWebhook(t.Context(), request("x"), nil); err != nil || ev.Commit != first {
+		t.Errorf("a webhook by the socket: %+v, %v", ev, err)
 	}
 
 	// Killed as soon as it has taken a webhook; and ended in good order, by which

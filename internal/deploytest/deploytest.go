@@ -55,7 +55,7 @@ func Assignments(text string) map[string]string {
 	return out
 }
 
-// Documented: a file has all variables with their defaults, a comment above each, and
+// Documented wants of a file all variables with their defaults, a comment above each, and
 // nothing else.
 func Documented(t testing.TB, file string, known map[string]string) {
 	t.Helper()
@@ -111,8 +111,8 @@ func ReadCompose(t testing.TB) (c Compose) {
 	return c
 }
 
-// Known: the variables that a service sets are its program's, and those that are the
-// operator's have an example.
+// Known wants the variables that a service sets to be its program's, and an example for
+// those that are the operator's.
 func (s Service) Known(t testing.TB, name string, known map[string]string) {
 	t.Helper()
 	if _, err := os.Stat(filepath.Join(Dir, s.EnvFile+".example")); s.EnvFile == "" || err != nil || !strings.Contains(Read(t, "README.md"), s.EnvFile) {
@@ -125,8 +125,8 @@ func (s Service) Known(t testing.TB, name string, known map[string]string) {
 	}
 }
 
-// Unit: systemd takes it, the variables in it are the program's, and the README tells
-// of its files.
+// Unit wants of a unit that systemd takes it, that the variables in it are the program's,
+// and that the README tells of its files.
 func Unit(t testing.TB, name string, known map[string]string) {
 	t.Helper()
 	text, readme := Read(t, name), Read(t, "README.md")

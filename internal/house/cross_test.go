@@ -11,7 +11,7 @@ import (
 // TestCrossBuilds compiles what has to run elsewhere, without cgo. On a cold
 // build cache it takes minutes.
 func TestCrossBuilds(t *testing.T) {
-	everything := []string{"./solstice/...", "./queue/...", "./blobstore/...", "./vmprovider/...", "./forge/...", "./examples/solstice", "./examples/orchestrator"}
+	everything := []string{"./solstice/...", "./queue/...", "./blobstore/...", "./vmprovider/...", "./forge/...", "./examples/solstice", "./examples/orchestrator", "./examples/forge-integration", "./examples/github-integration"}
 	for _, c := range []struct {
 		target   string
 		packages []string

@@ -164,7 +164,7 @@ func (c *ReplayCmd) Run(ctx context.Context, open Opener) error {
 		if c.JSON {
 			return show.Document(x)
 		}
-		_, err = fmt.Printf("replayed as %s\n", x.ID)
+		_, err = fmt.Fprintf(os.Stdout, "replayed as %s\n", x.ID)
 		return err
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/url"
+	"os"
 	"regexp"
 	"strings"
 
@@ -82,7 +83,7 @@ func (c *enqueueCmd) Run(ctx context.Context, d *Daemon) (err error) {
 	if c.JSON {
 		return show.Document(r)
 	}
-	_, err = fmt.Printf("sent to %s: %s %s %s %s, key %s\n", c.RoutingKey, r.Forge, logtext.Plain(r.Repo.FullName()), cmp.Or(logtext.Plain(r.Ref), "-"), r.Commit, logtext.Plain(r.IdempotencyKey))
+	_, err = fmt.Fprintf(os.Stdout, "sent to %s: %s %s %s %s, key %s\n", c.RoutingKey, r.Forge, logtext.Plain(r.Repo.FullName()), cmp.Or(logtext.Plain(r.Ref), "-"), r.Commit, logtext.Plain(r.IdempotencyKey))
 	return err
 }
 
@@ -161,7 +162,8 @@ var scp = regexp.MustCompile(`^(?:[^@/:]+@)?([^/:]+):([^/].*)$`)
 
 // match finds the forge that a remote is at, and the repository's name there.
 func match(all []forges.Forge, only, remote string) (forges.Forge, forge.Repo, error) {
-	host, path, ssh := "", "", false
+	var host, path string
+	ssh := false
 	if m := scp.FindStringSubmatch(remote); m != nil && !strings.Contains(remote, "://") {
 		host, path, ssh = m[1], m[2], true
 	} else if u, err := url.Parse(remote); err == nil && u.Host != "" {
@@ -178,11 +180,11 @@ func match(all []forges.Forge, only, remote string) (forges.Forge, forge.Repo, e
 		if err != nil || u.Host == "" || only != "" && f.Name != only {
 			continue
 		}
-		at, base := u.Host, strings.Trim(u.Path, "/")
+		at, base := u.Host, strings.Trim(u.Path, "/")+"/"
 		if ssh {
-			at, base = u.Hostname(), "" // a path of the web's is not in those
+			at, base = u.Hostname(), "/" // a path of the web's is not in those
 		}
-		rest, ok := strings.CutPrefix(path, base)
+		rest, ok := strings.CutPrefix(path, strings.TrimPrefix(base, "/"))
 		if strings.EqualFold(at, host) && ok {
 			return f, repoNamed(rest), nil
 		}
