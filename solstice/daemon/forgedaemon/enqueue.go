@@ -163,7 +163,7 @@ var scp = regexp.MustCompile(`^(?:[^@/:]+@)?([^/:]+):([^/].*)$`)
 // match finds the forge that a remote is at, and the repository's name there.
 func match(all []forges.Forge, only, remote string) (forges.Forge, forge.Repo, error) {
 	var host, path string
-	ssh := false
+	var ssh bool
 	if m := scp.FindStringSubmatch(remote); m != nil && !strings.Contains(remote, "://") {
 		host, path, ssh = m[1], m[2], true
 	} else if u, err := url.Parse(remote); err == nil && u.Host != "" {
