@@ -36,11 +36,11 @@ import (
 // ".mise/tasks/test/load" has a minute of 200 a second, 10,000 forged ones and more
 // kills.
 var (
-	loadFor    = flag.Duration("load-for", 3*time.Second, "how long the load tests send webhooks")
-	loadRate   = flag.Int("load-rate", 60, "how many a second")
-	loadForged = flag.Int("load-forged", 1000, "how many forged webhooks TestWebhookFloods sends")
+	loadFor    = flag.Duration("load-for", 2*time.Second, "how long the load tests send webhooks")
+	loadRate   = flag.Int("load-rate", 50, "how many a second")
+	loadForged = flag.Int("load-forged", 500, "how many forged webhooks TestWebhookFloods sends")
 	loadSlow   = flag.Int("load-slow", 1200, "how many slow ones at once; more than 1,024, and some have to make way")
-	loadKills  = flag.Int("load-kills", 3, "how often TestWebhooksUnderFire kills the orchestrator")
+	loadKills  = flag.Int("load-kills", 2, "how often TestWebhooksUnderFire kills the orchestrator")
 )
 
 // load is a forge with several repositories, whose webhooks come to an orchestrator.
