@@ -7,6 +7,7 @@ import (
 	"context"
 	"log/slog"
 	"regexp"
+	"time"
 
 	"github.com/solstice-ci/solstice-go/forge/github"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
@@ -17,20 +18,21 @@ import (
 type flags struct {
 	forgedaemon.Flags
 
-	Name              string   `group:"GitHub" env:"FORGE_NAME" default:"github" placeholder:"NAME" help:"What orchestrators call this forge: up to 63 of a-z 0-9 . _ -."`
-	GithubAppID       int64    `group:"GitHub" name:"github-app-id" env:"GITHUB_APP_ID" placeholder:"ID" help:"ID of the GitHub App."`
-	GithubAppKey      string   `group:"GitHub" name:"github-app-key" env:"GITHUB_APP_KEY" placeholder:"PEM" help:"Private key of the App; better in a file."`
-	GithubAppKeyFile  string   `group:"GitHub" name:"github-app-key-file" env:"GITHUB_APP_KEY_FILE" placeholder:"FILE" help:"File with that key."`
-	GithubToken       string   `group:"GitHub" name:"github-token" env:"GITHUB_TOKEN" placeholder:"TOKEN" help:"Access token, instead of an App: commit statuses, and no buttons."`
-	GithubTokenFile   string   `group:"GitHub" name:"github-token-file" env:"GITHUB_TOKEN_FILE" placeholder:"FILE" help:"File with the token."`
-	GithubURL         string   `group:"GitHub" name:"github-url" env:"GITHUB_URL" placeholder:"URL" help:"A GitHub Enterprise Server. Default: https://github.com."`
-	GithubAPIURL      string   `group:"GitHub" name:"github-api-url" env:"GITHUB_API_URL" placeholder:"URL" help:"Its API, where that is not at /api/v3."`
-	WebhookSecret     string   `group:"GitHub" env:"GITHUB_WEBHOOK_SECRET,WEBHOOK_SECRET" placeholder:"SECRET" help:"Secret of the webhooks. Without one none are taken."`
-	WebhookSecretFile string   `group:"GitHub" env:"GITHUB_WEBHOOK_SECRET_FILE,WEBHOOK_SECRET_FILE" placeholder:"FILE" help:"File with that secret."`
-	WebhookPath       string   `group:"GitHub" env:"WEBHOOK_PATH" placeholder:"PATH" help:"Where webhooks come at --http-addr. Default: /webhooks/NAME."`
-	Allow             []string `group:"GitHub" env:"ALLOW" placeholder:"OWNER,OWNER/NAME" help:"Whose webhooks start something. Default: nobody's."`
-	AllowAll          bool     `group:"GitHub" env:"ALLOW_ALL" help:"Take the webhooks of everybody who has the secret."`
-	Listen            string   `group:"gRPC" env:"LISTEN" placeholder:"ADDR" help:"Where orchestrators reach the forge: unix:PATH, or HOST:PORT with certificates on both sides. Default: nowhere."`
+	Name              string        `group:"GitHub" env:"FORGE_NAME" default:"github" placeholder:"NAME" help:"What orchestrators call this forge: up to 63 of a-z 0-9 . _ -."`
+	GithubAppID       int64         `group:"GitHub" name:"github-app-id" env:"GITHUB_APP_ID" placeholder:"ID" help:"ID of the GitHub App."`
+	GithubAppKey      string        `group:"GitHub" name:"github-app-key" env:"GITHUB_APP_KEY" placeholder:"PEM" help:"Private key of the App; better in a file."`
+	GithubAppKeyFile  string        `group:"GitHub" name:"github-app-key-file" env:"GITHUB_APP_KEY_FILE" placeholder:"FILE" help:"File with that key."`
+	GithubToken       string        `group:"GitHub" name:"github-token" env:"GITHUB_TOKEN" placeholder:"TOKEN" help:"Access token, instead of an App: commit statuses, and no buttons."`
+	GithubTokenFile   string        `group:"GitHub" name:"github-token-file" env:"GITHUB_TOKEN_FILE" placeholder:"FILE" help:"File with the token."`
+	GithubURL         string        `group:"GitHub" name:"github-url" env:"GITHUB_URL" placeholder:"URL" help:"A GitHub Enterprise Server. Default: https://github.com."`
+	GithubAPIURL      string        `group:"GitHub" name:"github-api-url" env:"GITHUB_API_URL" placeholder:"URL" help:"Its API, where that is not at /api/v3."`
+	WebhookSecret     string        `group:"GitHub" env:"GITHUB_WEBHOOK_SECRET,WEBHOOK_SECRET" placeholder:"SECRET" help:"Secret of the webhooks. Without one none are taken."`
+	WebhookSecretFile string        `group:"GitHub" env:"GITHUB_WEBHOOK_SECRET_FILE,WEBHOOK_SECRET_FILE" placeholder:"FILE" help:"File with that secret."`
+	WebhookPath       string        `group:"GitHub" env:"WEBHOOK_PATH" placeholder:"PATH" help:"Where webhooks come at --http-addr. Default: /webhooks/NAME."`
+	Allow             []string      `group:"GitHub" env:"ALLOW" placeholder:"OWNER,OWNER/NAME" help:"Whose webhooks start something. Default: nobody's."`
+	AllowAll          bool          `group:"GitHub" env:"ALLOW_ALL" help:"Take the webhooks of everybody who has the secret."`
+	Poll              time.Duration `group:"GitHub" env:"POLL" default:"5m" placeholder:"TIME" help:"How often each repository is looked at for webhooks that never came; 0: never."`
+	Listen            string        `group:"gRPC" env:"LISTEN" placeholder:"ADDR" help:"Where orchestrators reach the forge: unix:PATH, or HOST:PORT with certificates on both sides. Default: nowhere."`
 }
 
 func main() {
@@ -60,6 +62,9 @@ var forgeName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 func (f *flags) open(context.Context, string, *slog.Logger) ([]forges.Forge, func() error, error) {
 	if !forgeName.MatchString(f.Name) {
 		return nil, nil, usage("--name "+f.Name+" is no name of a forge", nil, "use up to 63 of a-z 0-9 . _ -")
+	}
+	if f.Poll < 0 || f.Poll > 0 && f.Poll < time.Second {
+		return nil, nil, usage("--poll is "+f.Poll.String(), nil, "give a second or more, or 0 for never")
 	}
 	if f.Listen != "" {
 		if err := forges.CheckListen(f.Listen); err != nil {
@@ -95,7 +100,10 @@ func (f *flags) open(context.Context, string, *slog.Logger) ([]forges.Forge, fun
 	if one.URL == "" {
 		one.URL = "https://github.com"
 	}
-	one.Forge, one.Allow, one.AllowAll = driver, f.Allow, f.AllowAll
+	one.Forge, one.Allow, one.AllowAll, one.Poll = driver, f.Allow, f.AllowAll, f.Poll
+	if f.Poll == 0 {
+		one.Poll = -1 // zero is the default there
+	}
 	if secret != "" {
 		one.Secret = forges.Secret([]byte(secret))
 	}

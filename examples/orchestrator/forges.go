@@ -2,8 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
+	"log/slog"
 	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
 
+	"github.com/uptrace/bun"
 	"go.opentelemetry.io/otel"
 
 	"github.com/solstice-ci/solstice-go/solstice"
@@ -14,13 +20,9 @@ import (
 // forgesOfFile opens the forges of --forges beside the local repositories, and gives
 // what takes their webhooks; nil: nothing.
 func (f *flags) forgesOfFile(ctx context.Context, dir string, cfg *solstice.Config, open *closers) (*integration.Integration, error) {
-	file, err := forges.ReadFile(f.Forges)
+	set, err := f.openForges(ctx, dir, cfg.Logger)
 	if err != nil {
-		return nil, usage("the file of --forges cannot be used", err, "docs/forges.md describes it")
-	}
-	set, err := file.Open(ctx, forges.Options{StateDir: dir, Logger: cfg.Logger})
-	if err != nil {
-		return nil, problem("cannot open the forges of --forges", err, "")
+		return nil, err
 	}
 	open.add(set.Close)
 	for _, one := range set.All() {
@@ -45,6 +47,45 @@ func (f *flags) forgesOfFile(ctx context.Context, dir string, cfg *solstice.Conf
 		return nil, problem("cannot take webhooks", err, "")
 	}
 	return in, nil
+}
+
+func (f *flags) openForges(ctx context.Context, dir string, log *slog.Logger) (*forges.Set, error) {
+	file, err := forges.ReadFile(f.Forges)
+	if err != nil {
+		return nil, usage("the file of --forges cannot be used", err, "docs/forges.md describes it")
+	}
+	set, err := file.Open(ctx, forges.Options{StateDir: dir, Logger: log})
+	if err != nil {
+		return nil, problem("cannot open the forges of --forges", err, "")
+	}
+	return set, nil
+}
+
+// check says what is wrong with the forges, also while the orchestrator runs.
+func (f *flags) check(ctx context.Context) (err error) {
+	if f.Forges == "" {
+		return usage("there are no forges to look at", nil, "give --forges FILE; docs/forges.md describes it")
+	}
+	log := slog.New(slog.DiscardHandler)
+	set, err := f.openForges(ctx, f.StateDir, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, set.Close()) }()
+	var db *bun.DB
+	file, err := f.Database.Dir(f.StateDir)
+	if err != nil {
+		return err
+	}
+	_, err = os.Stat(filepath.Join(file, "solstice.db"))
+	if own := f.DatabaseURL == "" && f.DatabaseURLFile == ""; !own || err == nil { // otherwise it never ran, and looking makes none
+		if db, err = f.Database.Open(ctx, f.StateDir, log); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, db.Close()) }()
+	}
+	own := slices.DeleteFunc(set.All(), func(one forges.Forge) bool { return one.OwnedElsewhere })
+	return f.Check.Print(f.Check.Look(ctx, db, own, func(forge string) string { return "/webhooks/" + forge }))
 }
 
 // webhooks serves those of the forges where there are such.

@@ -219,6 +219,30 @@ func TestForge(t *testing.T) {
 		t.Errorf("log: %s", log)
 	}
 
+	// Whether all is set up is said beside the running orchestrator.
+	check := func(want int) string {
+		t.Helper()
+		cmd := command(t, "--forges", f.args[1], "--state-dir", f.dir, "check", "--webhook-url", publicURL)
+		out, err := cmd.CombinedOutput()
+		if cmd.ProcessState.ExitCode() != want {
+			t.Errorf("check: %v\n%s", err, out)
+		}
+		return string(out)
+	}
+	if out := check(0); !strings.Contains(out, "the last webhook came at") {
+		t.Errorf("check says %s", out)
+	}
+	token := filepath.Join(filepath.Dir(f.args[1]), "token")
+	if err := os.WriteFile(token, []byte("another\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out := check(1); !strings.Contains(out, "failure") || strings.Contains(out, "another") {
+		t.Errorf("check of a token that is refused says %s", out)
+	}
+	if err := os.WriteFile(token, []byte(f.server.Token+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
 	// A stranger's pull request waits for somebody who may write, and follows the
 	// workflow of the base.
 	f.server.SetUser(7, "mallory")

@@ -22,6 +22,7 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice"
 	"github.com/solstice-ci/solstice-go/solstice/agent"
 	"github.com/solstice-ci/solstice-go/solstice/daemon"
+	"github.com/solstice-ci/solstice-go/solstice/daemon/forgedaemon"
 	"github.com/solstice-ci/solstice-go/solstice/daemon/pools"
 	"github.com/solstice-ci/solstice-go/solstice/daemon/storage"
 	"github.com/solstice-ci/solstice-go/solstice/integration"
@@ -47,6 +48,8 @@ type flags struct {
 	Serve   struct{}     `cmd:"" default:"1" help:"Run; the default."`
 	Backup  backupFlags  `cmd:"" help:"Copy the state directory into one file, also while the orchestrator runs. The file holds secrets."`
 	Restore restoreFlags `cmd:"" help:"Make the state directory, which must not exist or be empty, of a backup."`
+
+	Check forgedaemon.Check `cmd:"" help:"Say what is wrong with the set-up of the forges of --forges: credentials, permissions, webhooks."`
 
 	AutoMigrate    bool           `group:"Database" env:"AUTO_MIGRATE" help:"Bring PostgreSQL to this version's schema; SQLite always is."`
 	MTLSRole       string         `group:"gRPC" name:"mtls-role" env:"MTLS_ROLE" default:"read" enum:"none,read,write,admin" help:"What a client may whose certificate --grpc-tls-ca verified: none, read, write or admin."`
@@ -82,6 +85,8 @@ func main() {
 			return f.backup(ctx)
 		case "restore <file>":
 			return f.restore(ctx)
+		case "check":
+			return f.check(ctx)
 		}
 		return f.run(ctx)
 	})

@@ -25,16 +25,21 @@ import (
 // checkTimeout is how long a forge has to answer all that is asked.
 const checkTimeout = time.Minute
 
-// checkCmd says in words what is wrong.
-type checkCmd struct {
+// Check is the command that says in words what is wrong with the set-up of forges. The
+// daemons of this package have it; other programs that own forges embed it, and call
+// Look and Print.
+type Check struct {
 	WebhookURL string `name:"webhook-url" env:"WEBHOOK_URL" placeholder:"URL" help:"Public address that webhooks are to be sent to, such as https://ci.example.org, to which the path is appended. Without it the forges' webhooks are not looked for."`
 	show.Output
 }
 
 // Help is kong's.
-func (checkCmd) Help() string {
+func (Check) Help() string {
 	return `Looks and changes nothing, also while the daemon runs. Of the repositories those are looked at that are on the allow-lists by their full names. The exit status is 1 when something is wrong.`
 }
+
+// Findings are what there is to say, a line each.
+type Findings []finding
 
 // finding is a line.
 type finding struct {
@@ -44,55 +49,74 @@ type finding struct {
 	Advice string      `json:"advice,omitempty"`
 }
 
-// findings of one forge, or of the daemon.
-type findings struct {
-	forge string
-	all   []finding
+func (f *Findings) add(of string, level forge.Level, what, advice string) {
+	*f = append(*f, finding{of, level, what, advice})
 }
 
-func (f *findings) add(level forge.Level, what, advice string) {
-	f.all = append(f.all, finding{f.forge, level, what, advice})
-}
-
-// failed adds an error as the daemon would end with it.
-func (f *findings) failed(what string, err error) {
+// failed adds an error of a forge, or of the daemon, as that would end with it.
+func (f *Findings) failed(of, what string, err error) {
 	advice := daemon.Advice(err)
 	if p, ok := errors.AsType[*daemon.Problem](err); ok {
 		advice = cmp.Or(p.Advice, advice)
 	}
-	f.add(forge.LevelFailure, what+": "+err.Error(), advice)
+	f.add(of, forge.LevelFailure, what+": "+err.Error(), advice)
 }
+
+// Validate is kong's.
+func (c *Check) Validate() error {
+	if u, err := url.Parse(c.WebhookURL); c.WebhookURL != "" && (err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http") {
+		return fmt.Errorf("--webhook-url %q is no address: give one like https://ci.example.org", c.WebhookURL)
+	}
+	return nil
+}
+
+// Look asks the forges, whose webhooks come at path, and the database that knows the
+// webhooks, nil: it is not there.
+func (c *Check) Look(ctx context.Context, db *bun.DB, all []forges.Forge, path func(forge string) string) Findings {
+	var found Findings
+	var last map[string]time.Time
+	if db != nil {
+		last = found.database(ctx, db, all)
+	}
+	for _, one := range all {
+		c.forge(ctx, &found, one, path(one.Name))
+		switch came, ok := last[one.Name]; {
+		case ok && came.IsZero():
+			found.add(one.Name, forge.LevelWarning, "no webhook is known to have come", "push something, or have the forge send a test")
+		case ok:
+			found.add(one.Name, forge.LevelNotice, "the last webhook came at "+came.Format(time.RFC3339), "")
+		}
+	}
+	return found
+}
+
+// checkCmd is the daemons'.
+type checkCmd struct{ Check }
 
 // Run is kong's.
 func (c *checkCmd) Run(ctx context.Context, d *Daemon) (err error) {
-	if u, err := url.Parse(c.WebhookURL); c.WebhookURL != "" && (err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http") {
-		return usage(fmt.Sprintf("--webhook-url %q is no address", c.WebhookURL), nil, "give one like https://ci.example.org")
-	}
 	all, closeAll, err := d.Open(ctx, d.Flags.StateDir, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeAll()) }()
-	own := &findings{}
-	last := d.checkParts(ctx, own, all)
-	for _, one := range all {
-		found := &findings{forge: one.Name}
-		c.checkForge(ctx, found, one, d.webhookPath(one.Name))
-		switch came, ok := last[one.Name]; {
-		case ok && came.IsZero():
-			found.add(forge.LevelWarning, "no webhook is known to have come", "push something, or have the forge send a test")
-		case ok:
-			found.add(forge.LevelNotice, "the last webhook came at "+came.Format(time.RFC3339), "")
-		}
-		own.all = append(own.all, found.all...)
+	var own Findings
+	db, err := d.database(ctx)
+	if err != nil {
+		own.failed("", "the database cannot be used", err)
+	} else {
+		defer func() { _ = db.Close() }()
 	}
+	d.checkReach(ctx, &own, db)
+	own = append(own, c.Look(ctx, db, all, d.webhookPath)...)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	return c.print(own.all)
+	return c.Print(own)
 }
 
-func (c *checkCmd) print(all []finding) error {
+// Print prints them, and is an error without words when something is wrong.
+func (c *Check) Print(all Findings) error {
 	wrong := 0
 	for _, f := range all {
 		if f.Level == forge.LevelFailure {
@@ -126,18 +150,18 @@ func (c *checkCmd) print(all []finding) error {
 	return err
 }
 
-func (c *checkCmd) checkForge(ctx context.Context, found *findings, one forges.Forge, path string) {
+func (c *Check) forge(ctx context.Context, found *Findings, one forges.Forge, path string) {
 	if one.Forge.Capabilities().Webhooks {
 		if one.Secret == nil {
-			found.add(forge.LevelFailure, "there is no secret of webhooks, so none are taken", "give the secret that the forge has as well, at least 32 random bytes")
+			found.add(one.Name, forge.LevelFailure, "there is no secret of webhooks, so none are taken", "give the secret that the forge has as well, at least 32 random bytes")
 		}
 		if !one.AllowAll && len(one.Allow) == 0 {
-			found.add(forge.LevelFailure, "the allow-list is empty, so nobody's webhooks start anything", "list owners or owner/name under allow")
+			found.add(one.Name, forge.LevelFailure, "the allow-list is empty, so nobody's webhooks start anything", "list owners or owner/name under allow")
 		}
 	}
 	checker, ok := forge.As[forge.Checker](one.Forge)
 	if !ok {
-		found.add(forge.LevelNotice, "this driver does not look at the forge's set-up", "")
+		found.add(one.Name, forge.LevelNotice, "this driver does not look at the forge's set-up", "")
 		return
 	}
 	o := forge.CheckOptions{}
@@ -153,56 +177,47 @@ func (c *checkCmd) checkForge(ctx context.Context, found *findings, one forges.F
 	defer cancel()
 	said, err := checker.Check(bounded, o)
 	for _, f := range said {
-		found.add(f.Level, f.What, f.Advice)
+		found.add(one.Name, f.Level, f.What, f.Advice)
 	}
 	if err != nil {
-		found.failed("the forge did not answer everything in time", err)
+		found.failed(one.Name, "the forge did not answer everything in time", err)
 	}
 }
 
-// checkParts looks at database and queue, and says when each forge's last webhook
-// came, as far as that is known.
-func (d *Daemon) checkParts(ctx context.Context, found *findings, all []forges.Forge) (last map[string]time.Time) {
-	db, err := d.database(ctx)
-	if err != nil {
-		found.failed("the database cannot be used", err)
-	} else {
-		defer func() { _ = db.Close() }()
-		last = d.checkDatabase(ctx, found, db, all)
-	}
-	if db == nil && !d.hasBroker() {
-		if err := d.checkQueue(); err != nil {
-			found.failed("the queue cannot be used", err)
+// checkReach looks at the queue.
+func (d *Daemon) checkReach(ctx context.Context, found *Findings, db *bun.DB) {
+	err := d.checkQueue()
+	if err == nil && (db != nil || d.hasBroker()) {
+		q, opened := d.queue(ctx, db, slog.New(slog.DiscardHandler))
+		if err = opened; err == nil {
+			err = q.Close()
 		}
-		return last
-	}
-	q, err := d.queue(ctx, db, slog.New(slog.DiscardHandler))
-	if err == nil {
-		err = q.Close()
+	} else if err == nil { // in the database, of which that is said
+		return
 	}
 	if err != nil {
-		found.failed("the queue cannot be used", err)
-	} else {
-		found.add(forge.LevelNotice, "the queue is there", "")
+		found.failed("", "the queue cannot be used", err)
+		return
 	}
-	return last
+	found.add("", forge.LevelNotice, "the queue is there", "")
 }
 
-func (d *Daemon) checkDatabase(ctx context.Context, found *findings, db *bun.DB, all []forges.Forge) map[string]time.Time {
+// database says when each forge's last webhook came, as far as that is known.
+func (f *Findings) database(ctx context.Context, db *bun.DB, all []forges.Forge) map[string]time.Time {
 	webhooks, err := integration.OpenDeliveries(ctx, db)
 	switch {
 	case errors.Is(err, solstice.ErrSchema):
-		found.add(forge.LevelFailure, "the database's schema is not this version's", "make a backup, then start the daemon once with --auto-migrate")
+		f.add("", forge.LevelFailure, "the database's schema is not this version's", "make a backup, then start the daemon once with --auto-migrate")
 		return nil
 	case err != nil:
-		found.failed("the database cannot be read", err)
+		f.failed("", "the database cannot be read", err)
 		return nil
 	}
 	last := map[string]time.Time{}
 	for _, one := range all {
 		newest, err := webhooks.List(ctx, integration.DeliveryFilter{Forge: one.Name, Limit: 1})
 		if err != nil {
-			found.failed("the database cannot be read", err)
+			f.failed("", "the database cannot be read", err)
 			return nil
 		}
 		if !one.Forge.Capabilities().Webhooks || one.Secret == nil {
@@ -213,6 +228,6 @@ func (d *Daemon) checkDatabase(ctx context.Context, found *findings, db *bun.DB,
 			last[one.Name] = x.ReceivedAt
 		}
 	}
-	found.add(forge.LevelNotice, "the database is there", "")
+	f.add("", forge.LevelNotice, "the database is there", "")
 	return last
 }
