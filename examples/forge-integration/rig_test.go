@@ -14,7 +14,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -54,18 +53,7 @@ func TestMain(m *testing.M) {
 
 // binaries builds the programs, once, with the race detector if the tests have it.
 var binaries = sync.OnceValue(func() error {
-	args := []string{"build", "-o", scratch + "/"}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "-race" && s.Value == "true" {
-				args = append(args, "-race")
-			}
-		}
-	}
-	if out, err := exec.Command("go", append(args, ".", "../github-integration", "../orchestrator")...).CombinedOutput(); err != nil {
-		return fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	return nil
+	return testenv.Build("-o", scratch+"/", ".", "../github-integration", "../orchestrator")
 })
 
 // command has the search path and nothing else of the environment.

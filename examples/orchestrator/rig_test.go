@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"testing"
@@ -55,18 +54,7 @@ func build(name string, flags ...string) (string, error) { return buildOf(".", n
 // buildOf makes a program, with the race detector if the tests have it.
 func buildOf(dir, name string, flags ...string) (string, error) {
 	exe := filepath.Join(scratch, name)
-	args := append([]string{"build", "-o", exe}, flags...)
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "-race" && s.Value == "true" {
-				args = append(args, "-race")
-			}
-		}
-	}
-	if out, err := exec.Command("go", append(args, dir)...).CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	return exe, nil
+	return exe, testenv.Build(append(append([]string{"-o", exe}, flags...), dir)...)
 }
 
 // command has the search path and nothing else of the environment.
