@@ -20,11 +20,14 @@ import (
 	"github.com/solstice-ci/solstice-go/solstice/integration"
 )
 
-// faults of a forge while it is told: refused twice, taken and not answered.
+// faults of a forge while it is told: refused twice, led elsewhere, taken and not
+// answered or by half.
 func faults(method, path string) []fakeforge.Fault {
 	return []fakeforge.Fault{
 		{Method: method, Path: path, Status: http.StatusBadGateway},
 		{Method: method, Path: path, Lose: true},
+		{Method: method, Path: path, Slow: true},
+		{Method: method, Path: path, Redirect: "http://127.0.0.1:9/elsewhere"},
 		{Method: method, Path: path, Status: http.StatusTooManyRequests, Header: map[string]string{"Retry-After": "1"}},
 	}
 }
