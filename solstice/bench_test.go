@@ -204,7 +204,7 @@ func engineJobs(b *testing.B, eng *solstice.Engine, commit string, n, width int)
 // BenchmarkTrivialJobs compares jobs per second, an agent process each, with
 // bare agent processes of the same binary, in turns.
 func BenchmarkTrivialJobs(b *testing.B) {
-	const slots, round = 64, 128
+	slots, round := brief(64, 8), brief(128, 16)
 	addr, ca := startBareServer(b)
 	eng, p := benchPlant(b, slots, false)
 	commit := p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
@@ -220,10 +220,18 @@ func BenchmarkTrivialJobs(b *testing.B) {
 	b.ReportMetric(bare.Seconds()/ours.Seconds(), "x-bare")
 }
 
+// brief is a size, and another one where it is enough that a benchmark runs.
+func brief(size, short int) int {
+	if testing.Short() {
+		return short
+	}
+	return size
+}
+
 // BenchmarkTrivialJobsInside compares jobs per second, the agents inside the
 // orchestrator, with spawning their commands alone, in turns.
 func BenchmarkTrivialJobsInside(b *testing.B) {
-	const slots, round = 64, 256
+	slots, round := brief(64, 8), brief(256, 32)
 	eng, p := benchPlant(b, slots, true)
 	commit := p.commit(b, map[string]string{".solstice/workflow.yaml": trivial})
 	var spawn, ours time.Duration

@@ -66,7 +66,7 @@ func memory(b *testing.B, pid int, field string) int64 {
 // the engine's process: with its machines made and no agent yet, with all agents
 // attached, and after each of them has sent two heartbeats more.
 func BenchmarkIdleAgents(b *testing.B) {
-	const agents = 1000
+	agents := brief(1000, 100)
 	for range b.N {
 		p := newPlant(b, "sqlite:"+filepath.Join(b.TempDir(), "solstice.db"))
 		p.Timing, p.Capacity, p.Warm, p.Handover = solstice.Timing{}, agents, agents, b.TempDir()
@@ -102,21 +102,21 @@ func BenchmarkIdleAgents(b *testing.B) {
 			}
 			return n
 		}
-		eventuallyWithin(b, 5*time.Minute, "all agents are attached", func() bool { return ready(0) == agents })
+		eventuallyWithin(b, 5*time.Minute, "all agents are attached", func() bool { return ready(0) == int64(agents) })
 		attached := memory(b, pid, "RssAnon")
 		var last int64
 		for range 2 {
 			if err := db.NewSelect().Table("machines").ColumnExpr("max(contact_at)").Scan(b.Context(), &last); err != nil {
 				b.Fatal(err)
 			}
-			eventuallyWithin(b, 5*time.Minute, "all agents were heard of again", func() bool { return ready(last) == agents })
+			eventuallyWithin(b, 5*time.Minute, "all agents were heard of again", func() bool { return ready(last) == int64(agents) })
 		}
 		settled := memory(b, pid, "RssAnon")
 		b.ReportMetric(float64(memory(b, pid, "VmRSS"))/1e6, "engine-MB")
 		b.ReportMetric(float64(memory(b, pid, "VmHWM"))/1e6, "peak-MB")
 		b.ReportMetric(float64(before)/1e6, "anon-before-MB")
-		b.ReportMetric(float64(attached-before)/agents, "B/agent-attached")
-		b.ReportMetric(float64(settled-before)/agents, "B/agent")
+		b.ReportMetric(float64(attached-before)/float64(agents), "B/agent-attached")
+		b.ReportMetric(float64(settled-before)/float64(agents), "B/agent")
 		cancel()
 		running.Wait()
 		_ = engine.Process.Kill()

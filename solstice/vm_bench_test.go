@@ -325,10 +325,7 @@ func BenchmarkWarmVM(b *testing.B) {
 // BenchmarkVMPool has 20 jobs (4 with -short) through a pool of two machines,
 // without warm machines and with two.
 func BenchmarkVMPool(b *testing.B) {
-	jobs := 20
-	if testing.Short() {
-		jobs = 4
-	}
+	jobs := brief(20, 2)
 	for _, warm := range []int{0, 2} {
 		b.Run(fmt.Sprintf("warm=%d", warm), func(b *testing.B) {
 			edit := inGuests(b, testenv.StartLibvirt(b))
