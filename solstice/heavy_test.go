@@ -35,7 +35,7 @@ func rss(pid int) int64 {
 // TestHeavyOutput runs jobs that print without end, or without a line break:
 // memory stays flat in agent and engine, the quota holds and can be seen.
 func TestHeavyOutput(t *testing.T) {
-	seconds, bytesOfLine, endless := 15, 200<<20, 1<<30
+	seconds, bytesOfLine, endless := 60, 200<<20, 1<<30
 	if testing.Short() {
 		seconds, bytesOfLine, endless = 5, 40<<20, 100<<20
 	}

@@ -23,7 +23,7 @@ import (
 // what they look for are the instants, of which the seed gives others each time.
 // "make crashtest" has a hundred and more.
 var (
-	kills = flag.Int("kills", 8, "how often TestCrashLoop kills the orchestrator")
+	kills = flag.Int("kills", 15, "how often TestCrashLoop kills the orchestrator")
 	seed  = flag.Uint64("seed", 0, "of the instants of TestCrashLoop; 0: another one each time")
 )
 

@@ -25,7 +25,7 @@ import (
 )
 
 // "make crashtest" has 500 jobs.
-var fleetJobs = flag.Int("fleet-jobs", 30, "how many jobs TestFleetCrashLoop brings to their end")
+var fleetJobs = flag.Int("fleet-jobs", 60, "how many jobs TestFleetCrashLoop brings to their end")
 
 // fleet is orchestrators on one PostgreSQL, one RabbitMQ and one bucket, as
 // their flags say. They share a computer, and so its machines.
