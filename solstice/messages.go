@@ -92,15 +92,22 @@ func annotations(diags workflow.Diagnostics) []forge.Annotation {
 	return out
 }
 
-// maxRows bounds a table of jobs.
-const maxRows = 200
+// What a summary has at most: rows of jobs, and bytes, since it is part of a message.
+const (
+	maxRows    = 200
+	maxSummary = 48 << 10
+)
 
 // summary is Markdown: what is wrong with the workflow file, and what became of each job,
 // those first that did not do well.
 func (e *Engine) summary(diags workflow.Diagnostics, jobs []*store.Job) string {
 	var b strings.Builder
 	for _, d := range diags[:min(len(diags), maxAnnotations)] {
-		fmt.Fprintf(&b, "- %s:%d: %s\n", markdown(d.Path), d.Line, markdown(d.Message))
+		line := fmt.Sprintf("- %s:%d: %s\n", markdown(d.Path), d.Line, markdown(d.Message))
+		if b.Len()+len(line) > maxSummary {
+			break
+		}
+		b.WriteString(line)
 	}
 	if len(jobs) == 0 {
 		return b.String()
@@ -113,6 +120,7 @@ func (e *Engine) summary(diags workflow.Diagnostics, jobs []*store.Job) string {
 		return 0
 	}
 	jobs = slices.SortedStableFunc(slices.Values(jobs), func(a, b *store.Job) int { return good(a) - good(b) })
+	shown := 0
 	for _, j := range jobs[:min(len(jobs), maxRows)] {
 		name, took := markdown(j.Name), ""
 		if u := e.targetURL(j.RunID, j.ID); u != "" {
@@ -122,9 +130,14 @@ func (e *Engine) summary(diags workflow.Diagnostics, jobs []*store.Job) string {
 			took = time.Duration((j.FinishedAt - j.StartedAt) * 1000).Round(time.Second).String()
 		}
 		reason, _, _ := strings.Cut(j.Reason, "\n")
-		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", name, strings.ReplaceAll(string(j.State), "_", " "), took, markdown(reason))
+		row := fmt.Sprintf("| %s | %s | %s | %s |\n", name, strings.ReplaceAll(string(j.State), "_", " "), took, markdown(reason))
+		if b.Len()+len(row) > maxSummary {
+			break
+		}
+		b.WriteString(row)
+		shown++
 	}
-	if n := len(jobs) - maxRows; n > 0 {
+	if n := len(jobs) - shown; n > 0 {
 		fmt.Fprintf(&b, "\nand %d more\n", n)
 	}
 	return strings.TrimPrefix(b.String(), "\n")

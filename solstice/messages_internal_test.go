@@ -56,6 +56,12 @@ func TestSummary(t *testing.T) {
 	if s := statusOfRun(t, e, run, jobs); !strings.HasSuffix(s.Summary, "\nand 102 more\n") || strings.Count(s.Summary, "\n| ") > maxRows+2 {
 		t.Errorf("many jobs end %q", s.Summary[len(s.Summary)-60:])
 	}
+	for i := range jobs { // the rows are long before they are many
+		jobs[i] = &store.Job{ID: "3", RunID: "r", Name: strings.Repeat("<", 500), State: store.JobFailed, Reason: strings.Repeat("|", 500)}
+	}
+	if s := statusOfRun(t, e, run, jobs); len(s.Summary) > maxSummary+100 || !strings.HasSuffix(s.Summary, " more\n") || !strings.Contains(s.Summary, "failed") {
+		t.Errorf("long rows: %d bytes", len(s.Summary))
+	}
 	if got := markdown(strings.Repeat("ü", 300)); got != strings.Repeat("ü", 250) {
 		t.Errorf("a long name: %d", len(got))
 	}
